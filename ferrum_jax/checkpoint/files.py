@@ -1,0 +1,296 @@
+"""A checkpoint folder as one table of tensors: single file or shards, headers only, every contradiction refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ferrum_jax.checkpoint.content import refetch, unreadable
+from ferrum_jax.checkpoint.headers import TensorInfo as TensorInfo
+from ferrum_jax.checkpoint.headers import read_header
+from ferrum_jax.checkpoint.json_files import read_json as read_json
+from ferrum_jax.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_OTHER_FORMATS = {
+    ".gguf": "GGUF files are not supported",
+    ".bin": "PyTorch .bin files are not read (a pickle can run code)",
+    ".pt": "PyTorch .pt files are not read (a pickle can run code)",
+    ".pth": "PyTorch .pth files are not read (a pickle can run code)",
+    ".ckpt": "PyTorch .ckpt files are not read (a pickle can run code)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointFiles:
+    """The tensors of a checkpoint folder, known from the headers alone.
+
+    Args:
+        folder: the checkpoint folder.
+        tensors: tensor name to TensorInfo, over all shards.
+        warnings: sentences about oddities that do not prevent loading, for example a file outside the index.
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @contextmanager
+    def reader(self) -> Iterator[TensorReader]:
+        """Open the files for reading tensors; leaving the block lets every file go.
+
+        Returns:
+            A context manager that gives a TensorReader.
+
+        >>> from ferrum_jax.checkpoint.hub import DEMO_FOLDER
+        >>> files = open_checkpoint(DEMO_FOLDER)
+        >>> with files.reader() as read:
+        ...     read["model.norm.weight"].shape
+        (256,)
+        """
+        reader = TensorReader(self)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+class TensorReader:
+    """Reads tensors by name through memory maps that never stay resident for long.
+
+    Pages of a map count as memory of the process until the map is closed, so the maps are dropped whenever a
+    sixteenth of the checkpoint (at least 16 MiB) has been read through them, and opened again on demand.
+    """
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        """Prepare to read; nothing is opened yet.
+
+        Args:
+            files: the checkpoint.
+        """
+        self._files = files
+        self._budget = max(files.nbytes // 16, 16 * 2**20)
+        self._mapped = 0
+        self._handles: dict[Path, safe_open] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Read one tensor.
+
+        Args:
+            name: a key of `CheckpointFiles.tensors`.
+
+        Returns:
+            A copy in host memory; bfloat16 is `ml_dtypes.bfloat16`.
+
+        Raises:
+            CheckpointError: there is no such tensor, its elements are floats of 8 bits or fewer, or the file changed
+                since its header was read.
+        """
+        info = self._files.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self._files.folder} holds no tensor {name!r} (it holds {len(self._files.tensors)} others). "
+                "Check that config.json belongs to these weights."
+            )
+        if info.dtype.startswith(("F8_", "F6_", "F4")):
+            raise CheckpointError(
+                f"{info.file} stores {name!r} as {info.dtype}, a type that is not supported. "
+                "Use a GPTQ checkpoint with 32-bit packed words and F16, BF16 or F32 scales."
+            )
+        if self._mapped + info.nbytes > self._budget:
+            self.close()
+        self._mapped += info.nbytes
+        try:
+            if info.file not in self._handles:
+                self._handles[info.file] = safe_open(info.file, framework="np")
+            array = self._handles[info.file].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{info.file} changed while it was being read ({error}). Load it again.") from error
+        except OSError as error:
+            raise unreadable(info.file, error) from error
+        if array.shape != info.shape:
+            raise CheckpointError(
+                f"{info.file} changed while it was being read: {name!r} was {info.shape} and is now {array.shape}. "
+                "Load it again."
+            )
+        return array
+
+    def close(self) -> None:
+        """Let all open files, and the memory of their maps, go."""
+        self._handles.clear()
+        self._mapped = 0
+
+
+def open_checkpoint(folder: str | Path) -> CheckpointFiles:
+    """Read the headers of a checkpoint folder and check that they agree.
+
+    Args:
+        folder: holds `model.safetensors`, or shards named by `model.safetensors.index.json`. A single .safetensors
+            file of another name is taken too.
+
+    Returns:
+        The table of tensors. No weight is read.
+
+    Raises:
+        CheckpointError: the folder or a shard is missing, a file is damaged or of another format, the index and the
+            shards disagree, or a path leaves the folder.
+
+    >>> from ferrum_jax.checkpoint.hub import DEMO_FOLDER
+    >>> files = open_checkpoint(DEMO_FOLDER)
+    >>> files.tensors["model.norm.weight"].shape
+    (256,)
+    """
+    folder = check_folder(folder)
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    present = [path for path in entries if path.suffix == ".safetensors"]
+    index_path = folder / INDEX
+    if index_path.exists():
+        weight_map = _read_index(index_path)
+        shards = sorted({folder / name for name in weight_map.values()})
+    else:
+        weight_map, shards = None, [_single(folder, present, entries)]
+    _check_present(folder, shards, weight_map)
+    tensors = _merge(shards)
+    warnings = []
+    if extra := [path.name for path in present if path not in shards]:
+        warnings.append(f"{folder} also holds {_some(extra)}, outside its weights; not read. Remove what is stale.")
+    if weight_map is not None:
+        _check_index(index_path, weight_map, tensors)
+        if unlisted := [name for name in tensors if name not in weight_map]:
+            warnings.append(f"{index_path} does not list {_some(unlisted)}, found in its shards; read anyway.")
+    return CheckpointFiles(folder, MappingProxyType(tensors), tuple(warnings))
+
+
+def check_folder(path: str | Path) -> Path:
+    """Return the path of an existing checkpoint folder.
+
+    Args:
+        path: what the user gave.
+
+    Returns:
+        The same as a Path.
+
+    Raises:
+        CheckpointError: it does not exist, or is a file; a file is named by its format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"There is no folder {path}. Check the path, or give a Hugging Face id (OWNER/NAME).")
+    known = _OTHER_FORMATS.get(path.suffix.lower())
+    detail = f" ({known})" if known else ""
+    raise CheckpointError(
+        f"{path} is a file{detail}; a checkpoint is a folder with config.json and .safetensors files. "
+        "Give the folder of a GPTQ checkpoint."
+    )
+
+
+def _single(folder: Path, present: list[Path], entries: list[Path]) -> Path:
+    if len(present) == 1 or folder / SINGLE in present:
+        return folder / SINGLE if folder / SINGLE in present else present[0]
+    if present:
+        raise CheckpointError(
+            f"{folder} holds {_some([path.name for path in present])} but no {INDEX} that says which tensor is "
+            f"where. {refetch(folder / INDEX)}"
+        )
+    found = [path.name for path in entries]
+    reasons = sorted(
+        {_OTHER_FORMATS[end] for end in (Path(name).suffix.lower() for name in found) if end in _OTHER_FORMATS}
+    )
+    raise CheckpointError(
+        f"{folder} holds no .safetensors file; it holds {_some(found) if found else 'nothing'}. "
+        + "".join(f"{reason}. " for reason in reasons)
+        + f"A checkpoint needs {SINGLE}, or shards with {INDEX}."
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path, "the map from tensors to shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map (tensor name to file name). {refetch(path)}")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.isprintable() or "/" in name or "\\" in name:
+            raise CheckpointError(
+                f"{path} places tensor {tensor!r} in {name!r}; only plain file names inside the folder are accepted. "
+                "Do not trust this index: take the checkpoint from its publisher."
+            )
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} places tensor {tensor!r} in {name!r}; only .safetensors files are read. "
+                "Convert the weights to safetensors, or take a GPTQ checkpoint that has them."
+            )
+    return weight_map
+
+
+def _check_present(folder: Path, shards: list[Path], weight_map: Mapping[str, str] | None) -> None:
+    if missing := [path for path in shards if not path.is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of its {len(shards)} weight files: "
+            f"{_some([path.name for path in missing])}. {refetch(missing[0])}"
+        )
+    if weight_map is not None and (folder / SINGLE).exists() and folder / SINGLE not in shards:
+        raise CheckpointError(
+            f"{folder} holds both {SINGLE} and an index of other shards, two sets of weights. Remove the stale one."
+        )
+    root = folder.resolve()
+    # A Hugging Face snapshot links into the blobs of its repository, or into the store shared by the whole cache.
+    cached = root.parent.name == "snapshots" and root.parents[1].name.startswith("models--")
+    homes = (root, root.parents[1] / "blobs", root.parents[2] / "blobs") if cached else (root,)
+    for path in shards:
+        real = path.resolve()
+        if not any(real.is_relative_to(home) for home in homes):
+            raise CheckpointError(
+                f"{path} links to {real}, outside the checkpoint folder. Copy the file into the folder, "
+                "or give the folder that really holds it."
+            )
+
+
+def _merge(shards: Iterable[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for path in shards:
+        header = read_header(path)
+        if twice := tensors.keys() & header.keys():
+            name = min(twice)
+            raise CheckpointError(
+                f"Tensor {name!r} is in both {tensors[name].file.name} and {path.name} ({len(twice)} such tensors) of "
+                f"{path.parent}. Remove the stale shard, or download the checkpoint again."
+            )
+        tensors |= header
+    if not tensors:
+        raise CheckpointError(f"{', '.join(map(str, shards))} holds no tensors. Download the checkpoint again.")
+    return tensors
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    if absent := [name for name in weight_map if name not in tensors]:
+        raise CheckpointError(
+            f"{path} lists {_some(absent)}, which no shard holds (the first should be in {weight_map[absent[0]]}). "
+            f"{refetch(path.with_name(weight_map[absent[0]]))}"
+        )
+    if moved := [name for name, file in weight_map.items() if tensors[name].file.name != file]:
+        name = moved[0]
+        raise CheckpointError(
+            f"{path} places tensor {name!r} in {weight_map[name]}, but it is in {tensors[name].file.name} "
+            f"({len(moved)} such tensors). Index and shards are from different checkpoints: download both again."
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

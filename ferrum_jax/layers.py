@@ -1,0 +1,116 @@
+"""The blocks every family is built from: RMSNorm, linear, grouped-query attention and the dense MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.kernels import PackedLinear, gptq_matmul
+
+
+def precision(x: jax.Array) -> lax.Precision | None:
+    """HIGHEST for float32, so that no device rounds it to tf32 or bfloat16; the default otherwise."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*lead D"]:
+    """Root-mean-square normalisation over the last axis, computed in float32.
+
+    Args:
+      x: [..., D].
+      weight: [D], multiplied after normalising.
+      eps: added to the mean square.
+
+    Returns:
+      [..., D] in x.dtype.
+
+    Source: arXiv 1910.07467.
+
+    >>> rms_norm(jnp.array([[3.0, 4.0]]), jnp.ones(2), 0.0).round(3).tolist()
+    [[0.8489999771118164, 1.1319999694824219]]
+    """
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def linear(
+    x: jax.Array, weight: Any, cfg: ModelConfig, bias: jax.Array | None = None, out_dtype: Any = None
+) -> jax.Array:
+    """x @ weight + bias for a packed or a plain weight.
+
+    Args:
+      x: [..., K].
+      weight: PackedLinear of shape (K, N), or an array [K, N].
+      cfg: its `implementation` chooses the kernel of packed weights.
+      bias: [N] or None.
+      out_dtype: of the result; None means x.dtype. Sums are float32 in any case.
+
+    Returns:
+      [..., N].
+    """
+    if isinstance(weight, PackedLinear):
+        y = gptq_matmul(x, weight, implementation=cfg.implementation, out_dtype=jnp.float32)
+    else:
+        y = jnp.matmul(x, weight.astype(x.dtype), precision=precision(x), preferred_element_type=jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y.astype(out_dtype or x.dtype)
+
+
+def attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S Kv h"],
+    v: Float[Array, "B S Kv h"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H h"]:
+    """Grouped-query attention with a given mask; scores and softmax in float32.
+
+    Args:
+      q: queries [B, T, H, h].
+      k: keys [B, S, Kv, h]; query heads share keys in runs of H // Kv.
+      v: values [B, S, Kv, h].
+      mask: [B, T, S], True where a query sees a key; at least one per query.
+
+    Returns:
+      [B, T, H, h] in q.dtype.
+
+    Source: arXiv 2305.13245.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts", grouped, k, precision=precision(q), preferred_element_type=jnp.float32
+    ) / jnp.float32(head_dim**0.5)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision(q), preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def mlp(params: dict[str, Any], x: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Gated dense MLP: down(silu(gate(x)) * up(x)).
+
+    Args:
+      params: {"gate", "up", "down"}, packed or plain weights.
+      x: [..., D].
+      cfg: see `linear`.
+
+    Returns:
+      [..., D].
+
+    Source: SwiGLU, arXiv 2002.05202.
+    """
+    gate, up = linear(x, params["gate"], cfg), linear(x, params["up"], cfg)
+    return linear(silu_mul(gate, up), params["down"], cfg)
+
+
+def silu_mul(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, computed in float32, in gate.dtype."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)

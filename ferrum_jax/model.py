@@ -1,0 +1,307 @@
+"""The decoder as pure functions: forward without a cache, prefill and decode_step with one.
+
+Layers that share a structure are stacked, and one scan runs them. Expert stacks go into the scan whole, with the
+layer number as an index, because slicing a layer out would copy all its experts at every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ferrum_jax.cache import KVCache, write
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import CapacityError, RequestError, ShapeError
+from ferrum_jax.kernels import default_implementation
+from ferrum_jax.layers import attention, linear, mlp, precision, rms_norm
+from ferrum_jax.moe import Routing, moe_layer
+from ferrum_jax.rope import apply_rope, rope_frequencies
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What `forward(..., with_aux=True)` saw on the way.
+
+    Attributes:
+      hidden: [L + 1, B, T, D], the embedding and the residual stream after each layer (the last one after the norm).
+      routing: one Routing per run of stacked layers, with leading axes [layers, B, T]; None for dense layers.
+    """
+
+    hidden: Any
+    routing: tuple[Routing | None, ...]
+
+
+jax.tree_util.register_dataclass(Aux, data_fields=["hidden", "routing"], meta_fields=[])
+
+
+def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with_aux: bool = False) -> Any:
+    """Logits of every position, without a cache.
+
+    Args:
+      params: the model's pytree.
+      tokens: int32 [B, T].
+      cfg: frozen configuration; pass it as a static argument of jit.
+      with_aux: also return hidden states and routing.
+
+    Returns:
+      float32 [B, T, V], or (logits, Aux). A token id outside the vocabulary gives NaN when traced.
+
+    Raises:
+      RequestError: a concrete token id is outside the vocabulary.
+      ShapeError: tokens is not an integer array [B, T].
+
+    >>> import ferrum_jax as fj
+    >>> model = fj.load("demo")
+    >>> fj.forward(model.params, jnp.array([[11, 12, 13]]), model.cfg).shape
+    (1, 3, 4096)
+    """
+    _check_tokens(tokens, 2, cfg)
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: None, _: Any) -> tuple:
+        return attention(q, k, v, _visible(positions, positions, window)), state
+
+    x = _embed(params, tokens, cfg)
+    seq_len = jnp.full(batch, length, jnp.int32)
+    y, _, seen = _run_layers(params, x, positions, seq_len, None, cfg, attend, None, with_aux)
+    y = rms_norm(y, params["norm"], cfg.rms_norm_eps)
+    logits = _logits(params, y, cfg)
+    if not with_aux:
+        return logits
+    hidden = jnp.concatenate([x[None], *(states for states, _ in seen)])
+    return logits, Aux(hidden=hidden.at[-1].set(y), routing=tuple(routing for _, routing in seen))
+
+
+def prefill(
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: KVCache, cfg: ModelConfig
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Read prompts, or more of them, into the cache.
+
+    Args:
+      params: the model's pytree.
+      tokens: int32 [B, T], right-padded.
+      lengths: int32 [B], real tokens of each row; 0 leaves a row as it is.
+      cache: what each row has read so far; donate it to have it written in place.
+      cfg: frozen configuration.
+
+    Returns:
+      (logits float32 [B, V] after each row's last real token, cache). A row that would exceed the cache's capacity
+      gives NaN when traced.
+
+    Raises:
+      RequestError: a concrete token id is outside the vocabulary.
+      CapacityError: concrete lengths exceed T or the cache.
+      ShapeError: an argument has the wrong shape or dtype.
+
+    >>> import ferrum_jax as fj
+    >>> model = fj.load("demo")
+    >>> cache = fj.init_cache(model.cfg, batch=2, length=16)
+    >>> tokens = jnp.array([[11, 12, 13], [14, 0, 0]])
+    >>> logits, cache = fj.prefill(model.params, tokens, jnp.array([3, 1]), cache, model.cfg)
+    >>> logits.shape, cache.lengths.tolist()
+    ((2, 4096), [3, 1])
+    """
+    _check_tokens(tokens, 2, cfg)
+    return _extend(params, tokens, lengths, cache, cfg)
+
+
+def decode_step(
+    params: Params, token: Int[Array, " B"], cache: KVCache, cfg: ModelConfig
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Read one more token per row and give the logits of the next.
+
+    Args:
+      params: the model's pytree.
+      token: int32 [B].
+      cache: from prefill; donate it to have it written in place.
+      cfg: frozen configuration.
+
+    Returns:
+      (logits float32 [B, V], cache with every row one longer). A full row gives NaN when traced.
+
+    Raises:
+      RequestError: a concrete token id is outside the vocabulary.
+      CapacityError: a concrete row is full.
+      ShapeError: an argument has the wrong shape or dtype.
+
+    >>> import ferrum_jax as fj
+    >>> model = fj.load("demo")
+    >>> cache = fj.init_cache(model.cfg, batch=1, length=16)
+    >>> logits, cache = fj.decode_step(model.params, jnp.array([11]), cache, model.cfg)
+    >>> logits.shape, cache.lengths.tolist()
+    ((1, 4096), [1])
+    """
+    _check_tokens(token, 1, cfg)
+    return _extend(params, token[:, None], jnp.ones(token.shape, jnp.int32), cache, cfg)
+
+
+def _extend(
+    params: Params, tokens: jax.Array, lengths: jax.Array, cache: KVCache, cfg: ModelConfig
+) -> tuple[jax.Array, KVCache]:
+    batch, length = tokens.shape
+    _check_room(tokens, lengths, cache)
+    offsets = jnp.arange(length, dtype=jnp.int32)[None]
+    positions = cache.lengths[:, None] + offsets
+    total = cache.lengths + lengths
+    slots = jnp.broadcast_to(jnp.arange(cache.capacity, dtype=jnp.int32)[None], (batch, cache.capacity))
+    # jax-metal has no scatter; everywhere else it is what writes in place.
+    scatter = _implementation(cfg) != "apple"
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: tuple, layer: jax.Array
+    ) -> tuple[jax.Array, tuple]:
+        keys, values = (
+            write(buffer, new, layer, cache.lengths, lengths, scatter)
+            for buffer, new in zip(state, (k, v), strict=True)
+        )
+        seen = (lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False).astype(q.dtype) for buffer in (keys, values))
+        return attention(q, *seen, _visible(positions, slots, window)), (keys, values)
+
+    x = _embed(params, tokens, cfg)
+    mask = offsets < lengths[:, None]
+    x, (k, v), _ = _run_layers(params, x, positions, total, mask, cfg, attend, (cache.k, cache.v), False)
+    last = jnp.clip(lengths - 1, 0)[:, None, None]
+    y = rms_norm(jnp.take_along_axis(x, last, axis=1)[:, 0], params["norm"], cfg.rms_norm_eps)
+    logits = jnp.where((total <= cache.capacity)[:, None], _logits(params, y, cfg), jnp.nan)
+    return logits, KVCache(k=k, v=v, lengths=total)
+
+
+def _run_layers(
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    seq_len: jax.Array,
+    mask: jax.Array | None,
+    cfg: ModelConfig,
+    attend: Callable[..., tuple[jax.Array, Any]],
+    state: Any,
+    with_aux: bool,
+) -> tuple[jax.Array, Any, list[tuple[Any, Any]]]:
+    """Scan each run of stacked layers; returns (x, state, per run (hidden [n, B, T, D], Routing) or (None, None))."""
+    inv_freq, scale = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_position, seq_len)
+    no_window = np.iinfo(np.int32).max
+    windows = np.asarray([no_window if w is None else w for w in cfg.sliding_windows], np.int32)
+    seen, start = [], 0
+    for run in params["layers"]:
+        count = run["input_norm"].shape[0]
+
+        def body(carry: tuple, step: tuple, run: Params = run) -> tuple[tuple, tuple]:
+            x, state = carry
+            index, layer, window = step
+            p = take_layer(run, index)
+            with jax.named_scope("attention"):
+                y = rms_norm(x, p["input_norm"], cfg.rms_norm_eps)
+                q, k, v = _qkv(p["attn"], y, positions, inv_freq, scale, cfg)
+                y, state = attend(q, k, v, window, state, layer)
+                attn = p["attn"]
+                x = x + linear(y.reshape(*x.shape[:2], -1), attn["o"], cfg, attn.get("o_bias"))
+            y = rms_norm(x, p["post_norm"], cfg.rms_norm_eps)
+            routing = None
+            if "moe" in p:
+                with jax.named_scope("moe"):
+                    y, routing = moe_layer(p["moe"], y, cfg, layer=index, mask=mask)
+            else:
+                with jax.named_scope("mlp"):
+                    y = mlp(p["mlp"], y, cfg)
+            x = x + y
+            return (x, state), ((x, routing) if with_aux else (None, None))
+
+        steps = (
+            jnp.arange(count, dtype=jnp.int32),
+            jnp.arange(start, start + count, dtype=jnp.int32),
+            jnp.asarray(windows[start : start + count]),
+        )
+        (x, state), ys = lax.scan(body, (x, state), steps)
+        seen.append(ys)
+        start += count
+    return x, state, seen
+
+
+def take_layer(run: Params, index: jax.Array) -> Params:
+    """Layer `index` of a run of stacked layers, expert stacks left whole."""
+    small = {key: value for key, value in run.items() if key != "moe"}
+    if "moe" in run:
+        small["moe"] = {"router": run["moe"]["router"]}
+    small = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), small)
+    if "moe" in run:
+        small["moe"]["experts"] = run["moe"]["experts"]
+    return small
+
+
+def _qkv(
+    p: Params, x: jax.Array, positions: jax.Array, inv_freq: jax.Array, scale: float, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(name: str, count: int) -> jax.Array:
+        return linear(x, p[name], cfg, p.get(f"{name}_bias")).reshape(*x.shape[:2], count, cfg.head_dim)
+
+    q, k, v = heads("q", cfg.num_heads), heads("k", cfg.num_kv_heads), heads("v", cfg.num_kv_heads)
+    if cfg.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], cfg.rms_norm_eps), rms_norm(k, p["k_norm"], cfg.rms_norm_eps)
+    return apply_rope(q, positions, inv_freq, scale), apply_rope(k, positions, inv_freq, scale), v
+
+
+def _visible(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
+    """bool [B, T, S]: keys at or before a query and less than `window` behind it."""
+    distance = queries[:, :, None] - keys[:, None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _embed(params: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
+    return params["embed"].at[tokens].get(mode="fill", fill_value=jnp.nan).astype(cfg.dtype)
+
+
+def _logits(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
+    if "lm_head" in params:
+        return linear(x, params["lm_head"], cfg, out_dtype=jnp.float32)
+    embed = params["embed"].astype(x.dtype)
+    return jnp.einsum("...d,vd->...v", x, embed, precision=precision(x), preferred_element_type=jnp.float32)
+
+
+def _implementation(cfg: ModelConfig) -> str:
+    if cfg.implementation is None:
+        return default_implementation()
+    return cfg.implementation
+
+
+def _check_tokens(tokens: jax.Array, ndim: int, cfg: ModelConfig) -> None:
+    if tokens.ndim != ndim or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        shape = "[B, T]" if ndim == 2 else "[B]"
+        raise ShapeError(f"tokens are {tokens.dtype}{list(tokens.shape)}; expected int32{shape}.")
+    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= cfg.vocab_size:
+        raise RequestError(f"token ids span {low} to {high}; this model's vocabulary is 0 to {cfg.vocab_size - 1}.")
+
+
+def _check_room(tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> None:
+    batch, length = tokens.shape
+    if lengths.shape != (batch,) or cache.k.shape[1] != batch:
+        raise ShapeError(
+            f"tokens have {batch} rows, lengths are {list(lengths.shape)} and the cache has {cache.k.shape[1]} rows; "
+            f"all three must agree."
+        )
+    if isinstance(lengths, jax.core.Tracer):
+        return
+    host = np.asarray(lengths)
+    if (host < 0).any() or (host > length).any():
+        raise CapacityError(f"lengths are {host.tolist()}; each must be between 0 and T={length}.")
+    if isinstance(cache.lengths, jax.core.Tracer):
+        return
+    total = np.asarray(cache.lengths) + host
+    if (total > cache.capacity).any():
+        row = int(np.argmax(total))
+        raise CapacityError(
+            f"row {row} would hold {total[row]} tokens; the cache has room for {cache.capacity}. "
+            f"Make it longer with init_cache(cfg, batch, length)."
+        )

@@ -1,0 +1,166 @@
+"""The mixture-of-experts layer in four steps that also stand alone: route, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ferrum_kernels.blocks import dispatch as dispatch
+from jaxtyping import Array, Bool, Float, Int
+
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import ShapeError
+from ferrum_jax.kernels import Dispatch, from_blocks, grouped_gptq_matmul, to_blocks
+from ferrum_jax.layers import linear, silu_mul
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Where each token goes.
+
+    Attributes:
+      logits: float32 [..., E], the router's output.
+      experts: int32 [..., K], chosen experts, best first.
+      weights: float32 [..., K], their weights.
+    """
+
+    logits: Any
+    experts: Any
+    weights: Any
+
+
+jax.tree_util.register_dataclass(Routing, data_fields=["logits", "experts", "weights"], meta_fields=[])
+
+
+def route(logits: Float[Array, "*lead E"], top_k: int, norm_topk_prob: bool = False) -> Routing:
+    """Softmax over all experts, then the best K; equal probabilities go to the smaller index.
+
+    Args:
+      logits: [..., E], any float dtype; computed in float32.
+      top_k: K.
+      norm_topk_prob: rescale the K weights to sum to one.
+
+    Returns:
+      Routing. A logit that is not finite makes the token's weights NaN, so that it cannot pass unnoticed.
+
+    Raises:
+      ShapeError: top_k is not in 1 .. E.
+
+    >>> r = route(jnp.log(jnp.array([0.1, 0.4, 0.4, 0.1])), top_k=2, norm_topk_prob=True)
+    >>> r.experts.tolist(), r.weights.tolist()
+    ([1, 2], [0.5, 0.5])
+
+    Source: Qwen3-MoE and Mixtral (arXiv 2401.04088).
+    """
+    num_experts = logits.shape[-1]
+    if not 1 <= top_k <= num_experts:
+        raise ShapeError(f"top_k={top_k}; a router over {num_experts} experts chooses between 1 and {num_experts}.")
+    logits = logits.astype(jnp.float32)
+    left = probs = jax.nn.softmax(logits, axis=-1)
+    lanes = jax.lax.broadcasted_iota(jnp.int32, probs.shape, probs.ndim - 1)
+    experts = []
+    # K passes of argmax: they settle ties by index, need no sort and lower on plugins without top_k.
+    for _ in range(top_k):
+        best = jnp.argmax(left, axis=-1, keepdims=True).astype(jnp.int32)
+        left = jnp.where(lanes == best, -1.0, left)
+        experts.append(best)
+    chosen = jnp.concatenate(experts, axis=-1)
+    weights = jnp.take_along_axis(probs, chosen, axis=-1)
+    if norm_topk_prob:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(logits=logits, experts=chosen, weights=weights)
+
+
+def run_experts(
+    experts: dict[str, Any],
+    x: Float[Array, "T D"],
+    plan: Dispatch,
+    cfg: ModelConfig,
+    layer: jax.Array | int | None = None,
+) -> Float[Array, "R D"]:
+    """The gated MLP of each pair's expert, in the block layout.
+
+    Args:
+      experts: {"gate_up", "down"} stacks, or {"gate", "up", "down"} where gate and up are packed differently.
+      x: one row per token.
+      plan: the dispatch of T * K pairs.
+      cfg: its top_k and implementation.
+      layer: index into stacks that have a layer axis.
+
+    Returns:
+      float32 [R, D], before routing weights.
+    """
+
+    def grouped(rows: jax.Array, name: str, out_dtype: Any) -> jax.Array:
+        return grouped_gptq_matmul(
+            rows, experts[name], plan, layer=layer, implementation=cfg.implementation, out_dtype=out_dtype
+        )
+
+    rows = to_blocks(x, plan, pairs_per_row=cfg.top_k)
+    if "gate_up" in experts:
+        gate, up = jnp.split(grouped(rows, "gate_up", x.dtype), 2, axis=-1)
+    else:
+        gate, up = grouped(rows, "gate", x.dtype), grouped(rows, "up", x.dtype)
+    return grouped(silu_mul(gate, up), "down", jnp.float32)
+
+
+def combine(y: Float[Array, "R D"], plan: Dispatch, weights: Float[Array, "T K"]) -> Float[Array, "T D"]:
+    """Add up each token's experts, weighted, in float32.
+
+    A token's K pairs are one segment, so the segment sum is a gather and a sum over K: deterministic, no scatter.
+
+    Args:
+      y: [R, D] in the block layout.
+      plan: the dispatch.
+      weights: routing weights [T, K].
+
+    Returns:
+      float32 [T, D]; skipped pairs add zero.
+    """
+    pairs = from_blocks(y.astype(jnp.float32), plan).reshape(*weights.shape, y.shape[-1])
+    live = (plan.slots < plan.num_rows).reshape(weights.shape)
+    return jnp.sum(pairs * jnp.where(live, weights, 0.0)[..., None], axis=-2)
+
+
+def moe_layer(
+    params: dict[str, Any],
+    x: Float[Array, "*lead D"],
+    cfg: ModelConfig,
+    *,
+    layer: jax.Array | int | None = None,
+    mask: Bool[Array, "*lead"] | None = None,
+    block: int | None = None,
+) -> tuple[Float[Array, "*lead D"], Routing]:
+    """One mixture-of-experts layer: route, dispatch, run the live experts, combine.
+
+    Args:
+      params: {"router": [D, E], "experts": {...}} as in `params.layer(model.params, i)["moe"]`.
+      x: hidden states [..., D]; leading axes are folded into tokens.
+      cfg: top_k, norm_topk_prob and implementation are read.
+      layer: index into expert stacks that have a layer axis, as inside a scan over layers.
+      mask: bool [...], False for padding tokens: they are sent to no expert and get zero.
+      block: rows per block of the dispatch; None picks one for the number of tokens.
+
+    Returns:
+      ([..., D] in x.dtype, Routing with the same leading axes). Differentiable with respect to x and the router.
+
+    >>> import ferrum_jax as fj
+    >>> model = fj.load("demo")
+    >>> y, aux = moe_layer(fj.layer(model.params, 0)["moe"], jnp.ones((2, 3, 256)), model.cfg)
+    >>> y.shape, aux.experts.shape
+    ((2, 3, 256), (2, 3, 4))
+    """
+    lead = x.shape[:-1]
+    tokens = x.reshape(-1, x.shape[-1])
+    # The router runs in float32 whatever the activations: a rounded logit sends a token elsewhere.
+    logits = linear(tokens.astype(jnp.float32), params["router"], cfg)
+    routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
+    chosen: Int[Array, "T K"] = routing.experts
+    if mask is not None:
+        chosen = jnp.where(mask.reshape(-1, 1), chosen, cfg.num_experts)
+    plan = dispatch(chosen, cfg.num_experts, block)
+    y = combine(run_experts(params["experts"], tokens, plan, cfg, layer), plan, routing.weights)
+    routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, -1), routing)
+    return y.astype(x.dtype).reshape(x.shape), routing
