@@ -6,16 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ferrum_kernels.contract import einsum
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import PackedLinear, gptq_matmul
-
-
-def precision(x: jax.Array) -> lax.Precision | None:
-    """HIGHEST for float32, so that no device rounds it to tf32 or bfloat16; the default otherwise."""
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*lead D"]:
@@ -57,7 +53,7 @@ def linear(
     if isinstance(weight, PackedLinear):
         y = gptq_matmul(x, weight, implementation=cfg.implementation, out_dtype=jnp.float32)
     else:
-        y = jnp.matmul(x, weight.astype(x.dtype), precision=precision(x), preferred_element_type=jnp.float32)
+        y = einsum("...k,kn->...n", x, weight.astype(x.dtype))
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(out_dtype or x.dtype)
@@ -85,12 +81,10 @@ def attention(
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum(
-        "btkgh,bskh->bkgts", grouped, k, precision=precision(q), preferred_element_type=jnp.float32
-    ) / jnp.float32(head_dim**0.5)
+    scores = einsum("btkgh,bskh->bkgts", grouped, k) / jnp.float32(head_dim**0.5)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision(q), preferred_element_type=jnp.float32)
+    out = einsum("bkgts,bskh->btkgh", weights, v)
     return out.reshape(q.shape).astype(q.dtype)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ferrum_kernels.contract import einsum
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -20,7 +21,7 @@ from ferrum_jax.cache import KVCache, write
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import CapacityError, RequestError, ShapeError
 from ferrum_jax.kernels import default_implementation
-from ferrum_jax.layers import attention, linear, mlp, precision, rms_norm
+from ferrum_jax.layers import attention, linear, mlp, rms_norm
 from ferrum_jax.moe import Routing, moe_layer
 from ferrum_jax.rope import apply_rope, rope_frequencies
 
@@ -263,8 +264,7 @@ def _embed(params: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
 def _logits(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
     if "lm_head" in params:
         return linear(x, params["lm_head"], cfg, out_dtype=jnp.float32)
-    embed = params["embed"].astype(x.dtype)
-    return jnp.einsum("...d,vd->...v", x, embed, precision=precision(x), preferred_element_type=jnp.float32)
+    return einsum("...d,vd->...v", x, params["embed"].astype(x.dtype))
 
 
 def _implementation(cfg: ModelConfig) -> str:

@@ -313,16 +313,20 @@ def sample(
         value = value.astype(jnp.int32 if name == "top_k" else jnp.float32)
         return jnp.broadcast_to(value, logits.shape[:-1]).reshape(-1)
 
-    keys = jnp.broadcast_to(_raw_key(key), (rows.shape[0], 2))
-    scores = apply_temperature(rows, column("temperature"))
-    if "min_p" in arrays or request.min_p > 0:
-        scores = keep_min_p(scores, column("min_p"))
-    if "top_k" in arrays or request.top_k > 0:
-        scores = keep_top_k(scores, column("top_k"))
-    if "top_p" in arrays or request.top_p < 1:
-        scores = keep_top_p(scores, column("top_p"))
-    keys = fold_in(keys, jnp.arange(rows.shape[0], dtype=jnp.int32))
-    return sample_token(scores, keys, column("temperature")).reshape(logits.shape[:-1])
+    defaults = {"min_p": 0.0, "top_k": 0, "top_p": 1.0}
+    filters = {name: column(name) for name, off in defaults.items() if name in arrays or getattr(request, name) != off}
+    return _draw(rows, _raw_key(key), column("temperature"), filters).reshape(logits.shape[:-1])
+
+
+@jax.jit
+def _draw(logits: Array, key: Array, temperature: Array, filters: dict[str, Array]) -> Array:
+    scores = apply_temperature(logits, temperature)
+    for name, stage in (("min_p", keep_min_p), ("top_k", keep_top_k), ("top_p", keep_top_p)):
+        if name in filters:
+            scores = stage(scores, filters[name])
+    rows = logits.shape[0]
+    keys = fold_in(jnp.broadcast_to(key, (rows, 2)), jnp.arange(rows, dtype=jnp.int32))
+    return sample_token(scores, keys, temperature)
 
 
 def _raw_key(key: Array) -> Array:

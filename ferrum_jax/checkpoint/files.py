@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ferrum_jax.checkpoint.content import refetch, unreadable
 from ferrum_jax.checkpoint.headers import TensorInfo as TensorInfo
@@ -19,6 +22,8 @@ from ferrum_jax.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8"}
+_NUMPY |= {"I64": "<i8", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8", "C64": "<c8"}
 _OTHER_FORMATS = {
     ".gguf": "GGUF files are not supported",
     ".bin": "PyTorch .bin files are not read (a pickle can run code)",
@@ -35,11 +40,13 @@ class CheckpointFiles:
     Args:
         folder: the checkpoint folder.
         tensors: tensor name to TensorInfo, over all shards.
+        stamps: size and time of change of every file when its header was read.
         warnings: sentences about oddities that do not prevent loading, for example a file outside the index.
     """
 
     folder: Path
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    stamps: Mapping[Path, tuple[int, int]] = field(repr=False)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -68,10 +75,9 @@ class CheckpointFiles:
 
 
 class TensorReader:
-    """Reads tensors by name through memory maps that never stay resident for long.
+    """Reads tensors by name, each through a memory map of its own bytes that is closed again at once.
 
-    Pages of a map count as memory of the process until the map is closed, so the maps are dropped whenever a
-    sixteenth of the checkpoint (at least 16 MiB) has been read through them, and opened again on demand.
+    Pages of a map count as memory of the process while it is open, so no more than one tensor is ever mapped.
     """
 
     def __init__(self, files: CheckpointFiles) -> None:
@@ -81,9 +87,7 @@ class TensorReader:
             files: the checkpoint.
         """
         self._files = files
-        self._budget = max(files.nbytes // 16, 16 * 2**20)
-        self._mapped = 0
-        self._handles: dict[Path, safe_open] = {}
+        self._handles: dict[Path, BinaryIO] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Read one tensor.
@@ -104,33 +108,35 @@ class TensorReader:
                 f"{self._files.folder} holds no tensor {name!r} (it holds {len(self._files.tensors)} others). "
                 "Check that config.json belongs to these weights."
             )
-        if info.dtype.startswith(("F8_", "F6_", "F4")):
+        if info.dtype not in _NUMPY:
             raise CheckpointError(
                 f"{info.file} stores {name!r} as {info.dtype}, a type that is not supported. "
                 "Use a GPTQ checkpoint with 32-bit packed words and F16, BF16 or F32 scales."
             )
-        if self._mapped + info.nbytes > self._budget:
-            self.close()
-        self._mapped += info.nbytes
+        dtype = np.dtype(_NUMPY[info.dtype])
+        if info.nbytes == 0:
+            return np.empty(info.shape, dtype)
+        start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
+        skip = info.offset - start
         try:
-            if info.file not in self._handles:
-                self._handles[info.file] = safe_open(info.file, framework="np")
-            array = self._handles[info.file].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{info.file} changed while it was being read ({error}). Load it again.") from error
+            file = self._open(info.file)
+            with mmap.mmap(file.fileno(), skip + info.nbytes, access=mmap.ACCESS_READ, offset=start) as window:
+                return np.frombuffer(window, dtype, math.prod(info.shape), skip).reshape(info.shape).copy()
         except OSError as error:
             raise unreadable(info.file, error) from error
-        if array.shape != info.shape:
-            raise CheckpointError(
-                f"{info.file} changed while it was being read: {name!r} was {info.shape} and is now {array.shape}. "
-                "Load it again."
-            )
-        return array
 
     def close(self) -> None:
-        """Let all open files, and the memory of their maps, go."""
+        """Close all files."""
+        for handle in self._handles.values():
+            handle.close()
         self._handles.clear()
-        self._mapped = 0
+
+    def _open(self, path: Path) -> BinaryIO:
+        if path not in self._handles:
+            if _stamp(path) != self._files.stamps[path]:
+                raise CheckpointError(f"{path} changed after its header was read. Load the checkpoint again.")
+            self._handles[path] = path.open("rb")
+        return self._handles[path]
 
 
 def open_checkpoint(folder: str | Path) -> CheckpointFiles:
@@ -165,6 +171,7 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
     else:
         weight_map, shards = None, [_single(folder, present, entries)]
     _check_present(folder, shards, weight_map)
+    stamps = {path: _stamp(path) for path in shards}
     tensors = _merge(shards)
     warnings = []
     if extra := [path.name for path in present if path not in shards]:
@@ -173,7 +180,7 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
         _check_index(index_path, weight_map, tensors)
         if unlisted := [name for name in tensors if name not in weight_map]:
             warnings.append(f"{index_path} does not list {_some(unlisted)}, found in its shards; read anyway.")
-    return CheckpointFiles(folder, MappingProxyType(tensors), tuple(warnings))
+    return CheckpointFiles(folder, MappingProxyType(tensors), MappingProxyType(stamps), tuple(warnings))
 
 
 def check_folder(path: str | Path) -> Path:
@@ -289,6 +296,14 @@ def _check_index(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str
             f"{path} places tensor {name!r} in {weight_map[name]}, but it is in {tensors[name].file.name} "
             f"({len(moved)} such tensors). Index and shards are from different checkpoints: download both again."
         )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return status.st_size, status.st_mtime_ns
 
 
 def _some(names: list[str]) -> str:

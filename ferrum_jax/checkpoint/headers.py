@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors looks up)
 from safetensors import SafetensorError, safe_open
 
 from ferrum_jax.checkpoint.content import disguise, refetch, unreadable
@@ -36,6 +35,7 @@ class TensorInfo:
         shape: dimensions.
         nbytes: size of the data in bytes.
         file: the safetensors file that holds it.
+        offset: where the data starts, in bytes from the start of the file.
     """
 
     name: str
@@ -43,6 +43,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    offset: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -63,26 +64,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     >>> header["model.norm.weight"].dtype
     'BF16'
     """
-    header, body_bytes = _parse(path)
+    header, body_start, body_bytes = _parse(path)
     for name in header:
         _check_name(path, name)
     try:
-        with safe_open(path, framework="np") as file:
-            views = {name: file.get_slice(name) for name in file.offset_keys()}
-            shapes = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+        with safe_open(path, framework="np"):
+            pass  # opening is what validates: dtypes, shapes, and offsets that cover the file without hole or overlap
     except SafetensorError as error:
         reason = next(_contradictions(header, body_bytes), f"has a header that safetensors refuses: {error}")
         raise CheckpointError(f"{path} {reason}. {refetch(path)}") from error
     except OSError as error:
         raise unreadable(path, error) from error
-    return {
-        name: TensorInfo(name, dtype, shape, math.prod(shape) * _BITS[dtype] // 8, path)
-        for name, (dtype, shape) in shapes.items()
-    }
+    infos = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        infos[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), last - first, path, body_start + first)
+    return infos
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header as JSON, and the bytes that follow it. safetensors accepts a repeated key, we do not."""
+def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header as JSON, and start and size of what follows. safetensors accepts a repeated key, we do not."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -120,7 +121,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], int]:
     except ValueError as error:
         raise CheckpointError(f"{path} has a corrupt header ({error}). {refetch(path)}") from None
     header.pop("__metadata__", None)
-    return header, size - 8 - length
+    return header, 8 + length, size - 8 - length
 
 
 def _check_name(path: Path, name: str) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.contract import compute_dtype
 from ferrum_kernels.xla import Stack, block_product, expert_weight
 from ferrum_kernels.xla import gptq_matmul as gptq_matmul
 
@@ -28,7 +29,7 @@ def grouped_matmul(
     experts = jnp.where(block_expert >= 0, block_expert, jnp.max(block_expert, initial=0))
 
     def one_block(b: int | jax.Array, y: jax.Array) -> jax.Array:
-        weight, perm = expert_weight(stack, first + experts[b], x.dtype)
+        weight, perm = expert_weight(stack, first + experts[b], compute_dtype(x.dtype))
         rows = lax.dynamic_slice_in_dim(x, b * block, block)
         old = lax.dynamic_slice_in_dim(y, b * block, block)
         product = block_product(rows, weight, perm, transpose).astype(y.dtype)

@@ -127,6 +127,7 @@ def from_gptq(
     group_size: int,
     version: str = "gptq",
     *,
+    k: int | None = None,
     sym: bool | None = None,
     act_order: bool | None = None,
 ) -> PackedLinear:
@@ -137,6 +138,7 @@ def from_gptq(
       bits: 2, 3, 4 or 8.
       group_size: inputs per scale, -1 for one group.
       version: "gptq" (v1) or "gptq_v2".
+      k: number of inputs; None takes it from g_idx, or from the words where they have no padding.
       sym: False keeps zero points even if they are all 2**(bits - 1), as stacking with others may need; None drops
         them then; True demands it.
       act_order: True keeps a permutation even if it is the identity; None drops it then.
@@ -153,7 +155,8 @@ def from_gptq(
     ((16, 8), True)
     """
     n = tensors.qweight.shape[1]
-    k = tensors.qweight.shape[0] * 32 // bits if tensors.g_idx is None else tensors.g_idx.shape[0]
+    if k is None:
+        k = tensors.qweight.shape[0] * 32 // bits if tensors.g_idx is None else tensors.g_idx.shape[0]
     group_size = k if group_size == -1 else group_size
     perm = None if tensors.g_idx is None else input_order(tensors.g_idx, group_size)
     if tensors.qweight.shape[0] != words_for(k, bits):

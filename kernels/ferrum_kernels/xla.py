@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.bits import unpack
+from ferrum_kernels.contract import compute_dtype, einsum
 from ferrum_kernels.packed import PackedLinear, zero_points
 
 Stack = PackedLinear | jax.Array
@@ -38,17 +39,11 @@ def dequantize(w: PackedLinear, dtype: jnp.dtype) -> jax.Array:
     return jnp.take_along_axis(values, jnp.argsort(w.perm, axis=-1)[..., None], axis=-2)
 
 
-def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [M, K] @ w [K, N] accumulated in float32; float32 operands are never rounded to tf32 or bfloat16."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
-
-
 def gptq_matmul(x: jax.Array, w: PackedLinear) -> jax.Array:
     """x [M, K] @ W [K, N] as float32, without the bias."""
     if w.perm is not None:
         x = jnp.take(x, w.perm, axis=-1)
-    return dot(x, dequantize_rows(w, x.dtype))
+    return einsum("mk,kn->mn", x, dequantize_rows(w, compute_dtype(x.dtype)))
 
 
 def expert(stack: Stack, index: jax.Array) -> Stack:
@@ -67,9 +62,9 @@ def expert_weight(stack: Stack, index: jax.Array, dtype: jnp.dtype) -> tuple[jax
 def block_product(x: jax.Array, weight: jax.Array, perm: jax.Array | None, transpose: bool) -> jax.Array:
     """One block [block, K] @ [K, N] -> float32, or its transpose [block, N] @ [N, K] for the gradient."""
     if transpose:
-        y = dot(x, weight.T)
+        y = einsum("mn,kn->mk", x, weight)
         return y if perm is None else jnp.take(y, jnp.argsort(perm), axis=-1)
-    return dot(x if perm is None else jnp.take(x, perm, axis=-1), weight)
+    return einsum("mk,kn->mn", x if perm is None else jnp.take(x, perm, axis=-1), weight)
 
 
 def grouped_matmul(
@@ -96,7 +91,7 @@ def grouped_matmul(
 
     def one_expert(i: jax.Array, y: jax.Array) -> jax.Array:
         e = live[i]
-        weight, perm = expert_weight(stack, first + e, x.dtype)
+        weight, perm = expert_weight(stack, first + e, compute_dtype(x.dtype))
 
         def one_block(b: jax.Array, y: jax.Array) -> jax.Array:
             rows = lax.dynamic_slice_in_dim(x, b * block, block)

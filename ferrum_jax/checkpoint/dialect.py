@@ -1,0 +1,292 @@
+"""What a checkpoint really holds: which modules are packed, how, and in which version, decided from the data.
+
+Everything but the packed words themselves is read and checked here, before any device memory is touched: headers,
+zero points, group indices, scales and unquantised tensors. Metadata only breaks ties; where it disagrees with the
+data, that is a loud warning; where the data contradicts itself, an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from ferrum_kernels.bits import SUPPORTED_BITS, unpack, words_for
+from ferrum_kernels.gptq_format import input_order
+
+from ferrum_jax.checkpoint.files import CheckpointFiles, TensorReader
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.errors import CheckpointError, ShapeError
+from ferrum_jax.plan import Format
+from ferrum_jax.sources import Experts, Linear, Vector, layer_sources, other_names, top_sources
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """The findings.
+
+    Attributes:
+      version: "gptq" (zero points stored minus one), "gptq_v2", or None when nothing is quantised.
+      formats: packed modules by canonical name.
+      names: canonical tensor name -> name in the files.
+      warnings: sentences for the user.
+    """
+
+    version: str | None
+    formats: dict[str, Format]
+    names: dict[str, str]
+    warnings: tuple[str, ...]
+
+    def format_of(self, module: str, k: int) -> Format | None:
+        """The format of a module, None for one that is not packed; the `format_of` of `make_plan`."""
+        return self.formats.get(module)
+
+
+def read_dialect(
+    files: CheckpointFiles,
+    cfg: ModelConfig,
+    checkpoint_format: str | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Dialect:
+    """Examine a checkpoint.
+
+    Args:
+      files: its tensor table.
+      cfg: its configuration.
+      checkpoint_format: "gptq" or "gptq_v2" to settle what the files leave open; None lets them decide.
+      progress: called with the bytes of each tensor read.
+
+    Returns:
+      Dialect.
+
+    Raises:
+      CheckpointError: a tensor is missing, unknown, misshapen or not finite, g_idx is impossible, or the zero points
+        contradict each other.
+    """
+    scan = _Scan(files, cfg)
+    with files.reader() as reader:
+        scan.reader, scan.progress = reader, progress
+        for source in _sources(cfg):
+            scan.visit(source)
+        scan.leftovers()
+    version = _version(scan, cfg, checkpoint_format)
+    formats = {
+        module: dataclasses.replace(found, sym=scan.constant[module] == version)
+        for module, found in scan.formats.items()
+    }
+    if cfg.quant is not None:
+        for module, found in formats.items():
+            declared = cfg.quant.for_module(module)
+            if declared is not None and declared.sym and not found.sym:
+                scan.warn("zero points are not symmetric although the metadata says sym=true", module)
+    return Dialect(version, formats, scan.names, tuple(scan.sentences()))
+
+
+def _sources(cfg: ModelConfig) -> Iterator[Vector | Linear]:
+    def walk(node: Any) -> Iterator[Vector | Linear]:
+        if isinstance(node, dict):
+            for child in node.values():
+                yield from walk(child)
+        elif isinstance(node, Experts):
+            yield from node.experts
+        else:
+            yield node
+
+    yield from walk(top_sources(cfg))
+    for index in range(cfg.num_layers):
+        yield from walk(layer_sources(cfg, index))
+
+
+class _Scan:
+    """One pass over the modules; collects formats, evidence and warnings."""
+
+    reader: TensorReader
+    progress: Callable[[int], None]
+
+    def __init__(self, files: CheckpointFiles, cfg: ModelConfig) -> None:
+        self.files, self.cfg = files, cfg
+        self.names: dict[str, str] = {}
+        self.formats: dict[str, Format] = {}
+        self.constant: dict[str, str | None] = {}  # module -> version in which its zero points are symmetric
+        self.notes: dict[str, list[str]] = {}
+
+    def warn(self, what: str, module: str) -> None:
+        self.notes.setdefault(what, []).append(module)
+
+    def sentences(self) -> Iterator[str]:
+        for what, modules in self.notes.items():
+            more = f" and {len(modules) - 1} more modules" if len(modules) > 1 else ""
+            yield f"{what}: {modules[0]}{more}. The data decides."
+
+    def find(self, name: str) -> str | None:
+        """The name under which a tensor is stored, remembered for loading."""
+        for spelling in (name, *other_names(name)):
+            if spelling in self.files.tensors:
+                self.names[name] = spelling
+                return spelling
+        return None
+
+    def read(self, stored: str) -> np.ndarray:
+        self.progress(self.files.tensors[stored].nbytes)
+        return self.reader[stored]
+
+    def expect(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> str:
+        stored = self.find(name)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.files.folder} holds no tensor {name!r}, which a {self.cfg.model_type} of these sizes needs. "
+                f"The checkpoint is incomplete or its config.json belongs to another model; download it again."
+            )
+        info = self.files.tensors[stored]
+        if info.dtype not in dtypes or info.shape != shape:
+            raise CheckpointError(
+                f"{info.file.name} stores {stored!r} as {info.dtype}{list(info.shape)}; config.json and the format "
+                f"expect {' or '.join(dtypes)}{list(shape)}. The files do not belong together or are damaged."
+            )
+        return stored
+
+    def finite(self, stored: str) -> None:
+        values = self.read(stored)
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise CheckpointError(
+                f"{stored!r} holds {bad} values that are NaN or infinite, so every text it writes would be broken. "
+                f"Download the checkpoint again or ask its publisher."
+            )
+
+    def visit(self, source: Vector | Linear) -> None:
+        if isinstance(source, Vector):
+            self.finite(self.expect(source.name, FLOATS, source.shape))
+            return
+        (module,), (n,) = source.modules, source.n
+        packed, plain = self.find(f"{module}.qweight"), self.find(f"{module}.weight")
+        if packed and plain:
+            raise CheckpointError(
+                f"{self.files.folder} holds both {packed!r} and {plain!r}: one linear layer, twice. "
+                f"Remove the one that does not belong."
+            )
+        declared = None if self.cfg.quant is None else self.cfg.quant.for_module(module)
+        if packed:
+            self.visit_packed(module, source.k, n)
+        else:
+            self.finite(self.expect(f"{module}.weight", FLOATS, (n, source.k)))
+            if declared is not None and not module.endswith(".mlp.gate"):
+                self.warn("the metadata says quantised, the files hold plain weights", module)
+
+    def visit_packed(self, module: str, k: int, n: int) -> None:
+        scales = self.find(f"{module}.scales")
+        rows = self.files.tensors[self.names[f"{module}.qweight"]].shape[0]
+        declared = None if self.cfg.quant is None else self.cfg.quant.for_module(module)
+        bits = self.bits_of(module, k, n, rows, None if declared is None else declared.bits)
+        self.expect(f"{module}.qweight", ("I32",), (words_for(k, bits), n))
+        groups = 0 if scales is None else (*self.files.tensors[scales].shape, 0)[0]
+        self.finite(self.expect(f"{module}.scales", FLOATS, (groups, n)))
+        zeros = self.read(self.expect(f"{module}.qzeros", ("I32",), (groups, words_for(n, bits))))
+        g_idx = None
+        if self.find(f"{module}.g_idx"):
+            g_idx = self.read(self.expect(f"{module}.g_idx", ("I32", "I64"), (k,))).astype(np.int64)
+        group_size = self.group_size_of(module, k, groups, g_idx, None if declared is None else declared.group_size)
+        try:
+            order = None if g_idx is None else input_order(g_idx, group_size)
+        except ShapeError as error:
+            raise CheckpointError(f"{module}.g_idx is impossible: {error} The file is damaged.") from error
+        if declared is None:
+            self.warn("packed although the metadata does not say so", module)
+        elif declared.bits != bits:
+            self.warn(f"packed with {bits} bits, the metadata says {declared.bits}", module)
+        elif group_size != (k if declared.group_size == -1 else min(declared.group_size, k)):
+            self.warn(f"packed in groups of {group_size}, the metadata says {declared.group_size}", module)
+        if order is not None and declared is not None and not declared.desc_act:
+            self.warn("g_idx permutes the inputs, the metadata says desc_act=false", module)
+        name = None if order is None else hashlib.blake2b(order.tobytes(), digest_size=8).hexdigest()
+        self.formats[module] = Format(bits, group_size, order=name)
+        self.constant[module] = _constant(zeros.view(np.uint32), bits, n)
+
+    def bits_of(self, module: str, k: int, n: int, rows: int, declared: int | None) -> int:
+        columns = self.files.tensors[self.find(f"{module}.qzeros") or self.names[f"{module}.qweight"]].shape[-1]
+        fit = [b for b in SUPPORTED_BITS if words_for(k, b) == rows and words_for(n, b) == columns]
+        if declared in fit:
+            return declared
+        if len(fit) == 1:
+            return fit[0]
+        found = f"{module}.qweight has {rows} rows of words and its qzeros {columns} columns for a [{k}, {n}] layer"
+        if not fit:
+            raise CheckpointError(
+                f"{found}; that is no GPTQ layer of 2, 3, 4 or 8 bits. The config.json belongs to another model, or "
+                f"the file is damaged."
+            )
+        raise CheckpointError(f"{found}; bits could be any of {fit}. Say which in quantize_config.json (bits).")
+
+    def group_size_of(
+        self, module: str, k: int, groups: int, g_idx: np.ndarray | None, declared: int | None
+    ) -> int:
+        declared = k if declared == -1 else declared
+        if declared is not None and groups == -(-k // declared):
+            return min(declared, k)
+        if groups == 1:
+            return k
+        if g_idx is not None and groups and (size := int((g_idx == 0).sum())) and -(-k // size) == groups:
+            return size
+        if groups and k % groups == 0:
+            return k // groups
+        raise CheckpointError(
+            f"{module}.scales has {groups} rows for {k} inputs; no group size gives that. "
+            f"Say group_size in quantize_config.json, or download the checkpoint again."
+        )
+
+    def leftovers(self) -> None:
+        """Tensors that nothing asked for: harmless ones are known, all others are refused."""
+        used = set(self.names.values())
+        unknown = []
+        for name in self.files.tensors.keys() - used:
+            if name.endswith((".rotary_emb.inv_freq", ".masked_bias")):
+                continue
+            if name == "lm_head.weight" and self.cfg.tie_word_embeddings:
+                continue
+            # AutoGPTQ gave every linear layer a bias, zero where the model has none.
+            if name.endswith(".bias") and not self.read(name).any():
+                continue
+            unknown.append(name)
+        if unknown:
+            unknown.sort()
+            raise CheckpointError(
+                f"{self.files.folder} holds {len(unknown)} tensors that a {self.cfg.model_type} does not have, such as "
+                f"{', '.join(unknown[:3])}. Its config.json belongs to another model, or the architecture has been "
+                f"changed."
+            )
+
+
+def _constant(zeros: np.ndarray, bits: int, n: int) -> str | None:
+    """The version in which all zero points are 2**(bits - 1), or None when they vary."""
+    middle = 2 ** (bits - 1)
+    codes = unpack(zeros, bits, n, axis=-1)
+    low, high = int(codes.min()), int(codes.max())
+    return {middle - 1: "gptq", middle: "gptq_v2"}.get(low) if low == high else None
+
+
+def _version(scan: _Scan, cfg: ModelConfig, chosen: str | None) -> str | None:
+    if not scan.formats:
+        return None
+    declared = None if cfg.quant is None else cfg.quant.checkpoint_format
+    found = {version: module for module, version in scan.constant.items() if version is not None}
+    if chosen is not None:
+        return chosen
+    if len(found) == 2:
+        raise CheckpointError(
+            f"the zero points contradict each other: those of {found['gptq']} are stored minus one (gptq), those of "
+            f"{found['gptq_v2']} as they are (gptq_v2). Say which with checkpoint_format='gptq' or 'gptq_v2'."
+        )
+    if found:
+        (version, module), *_ = found.items()
+        if declared is not None and declared != version:
+            scan.warn(f"zero points are stored as {version}, the metadata says {declared}", module)
+        return version
+    if declared is None:
+        module = next(iter(scan.formats))
+        scan.warn("the metadata has no checkpoint_format and the zero points vary; read as gptq (v1)", module)
+        return "gptq"
+    return declared

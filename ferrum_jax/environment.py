@@ -1,0 +1,109 @@
+"""The machine around the model: plugin versions that fit, memory that suffices, a cache for compiled programs."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ferrum_jax.errors import BackendError, CapacityError
+
+COMPILE_CACHE = "FERRUM_JAX_COMPILE_CACHE"
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_platform() -> None:
+    """Refuse a jax-metal that cannot work with the installed JAX, before JAX fails in its own words.
+
+    Raises:
+      BackendError: jax-metal is installed beside any jax but 0.5.0, and JAX_PLATFORMS does not keep to the CPU.
+    """
+    metal, jax_version = installed("jax-metal"), installed("jax")
+    if metal is None or jax_version == "0.5.0" or os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
+        return
+    raise BackendError(
+        f"jax-metal {metal} does not work with jax {jax_version}: its last release needs jax 0.5.0. Install the "
+        f'maintained plugin with pip install "ferrum-jax[mps]" (jax-mps), keep the old pair with '
+        f'pip install "ferrum-jax[metal]", or set JAX_PLATFORMS=cpu.'
+    )
+
+
+def free_memory() -> int | None:
+    """Bytes that the default device can still hold, or None where it does not say."""
+    import jax
+
+    device = jax.devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform != "cpu":
+        return None
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return None
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Refuse parameters that do not fit, before anything is allocated.
+
+    Args:
+      needed: bytes.
+      what: the model's name, for the sentence.
+
+    Raises:
+      CapacityError: with both numbers.
+    """
+    free = free_memory()
+    if free is not None and needed > free:
+        raise CapacityError(
+            f"{what} needs {needed / 2**30:.1f} GiB for its parameters; {free / 2**30:.1f} GiB are free on this "
+            f"device. Free memory, use a 16-bit dtype, or take a smaller model."
+        )
+
+
+def compile_cache_folder() -> Path | None:
+    """Where compiled programs are kept: $FERRUM_JAX_COMPILE_CACHE, else the user's cache folder; None when off."""
+    setting = os.environ.get(COMPILE_CACHE, "")
+    if setting.lower() in ("off", "0", "no", "false"):
+        return None
+    if setting:
+        return Path(setting)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ferrum_jax" / "xla"
+
+
+def enable_compile_cache() -> Path | None:
+    """Let JAX keep compiled programs across processes, unless the user chose a folder or switched it off.
+
+    Set FERRUM_JAX_COMPILE_CACHE to a folder to move the cache, or to "off". A folder given to JAX itself
+    (JAX_COMPILATION_CACHE_DIR) wins.
+
+    Returns:
+      The folder in use, or None.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    folder = compile_cache_folder()
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    # Programs loaded from a folder that others can write to would run whatever they put there.
+    if folder.stat().st_mode & 0o002:
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return folder

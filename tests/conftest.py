@@ -1,0 +1,51 @@
+"""What every test starts from: strict promotion, caches of its own, no network, hypothesis profiles."""
+
+import os
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Set before the first import of jax or huggingface_hub, and inherited by the processes that tests start.
+_user_files = tempfile.TemporaryDirectory(prefix="ferrum-jax-tests-")
+os.environ["XDG_CACHE_HOME"] = _user_files.name
+os.environ["HF_HOME"] = str(Path(_user_files.name, "huggingface"))
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+if not os.environ.get("FERRUM_JAX_TEST_NETWORK"):
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there: a download fails at once
+# Compiled programs outlive the run, so that the next one is faster. XLA's flags and version are part of the key.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example compiles, so time says nothing about an example. Both profiles give the same examples at every run.
+for name, examples in {"dev": 10, "ci": 30}.items():
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("network") and not os.environ.get("FERRUM_JAX_TEST_NETWORK"):
+        pytest.skip("reaches the internet: set FERRUM_JAX_TEST_NETWORK=1 to run it")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of large reference checkpoints beside the repository; tests that need it are skipped without it."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"the reference checkpoints are not at {folder}")
+    return folder

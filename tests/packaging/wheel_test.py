@@ -1,0 +1,112 @@
+"""Builds the sdist, the wheel from that sdist, installs it beside Hugging Face's `kernels`, and uses it elsewhere.
+
+Run by `make wheel-test`; needs the extra `dev` and the package index. Takes a few minutes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SUBSET = ["tests/golden", "tests/kernels"]  # run from a copy, against the installed wheel
+
+USE = """
+import pathlib, sys
+import ferrum_jax as fj, ferrum_kernels
+for module in (fj, ferrum_kernels):
+    assert pathlib.Path(module.__file__).is_relative_to(sys.prefix), module.__file__
+model = fj.load("demo")
+texts = fj.generate(model, ["Once upon a time"], max_tokens=8, temperature=0.0)
+assert len(texts) == 1 and texts[0].strip(), texts
+print("fj", fj.__version__, "wrote:", texts[0])
+"""
+
+
+def say(text: str) -> None:
+    print(f"-- {text}", flush=True)
+
+
+def run(*command: str | Path, cwd: Path, quiet: bool = False) -> str:
+    """Output of a command that must succeed; the environment names no source tree."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pipe = subprocess.PIPE if quiet else None
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, text=True, stdout=pipe)
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout or ''}\nThis failed with exit code {done.returncode}: {' '.join(map(str, command))}")
+    return done.stdout or ""
+
+
+def check(true: bool, sentence: str) -> None:
+    if not true:
+        sys.exit(sentence)
+
+
+def check_sdist(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    wanted = tracked.stdout.split("\n")[:-1] if tracked.returncode == 0 else []
+    missing = [name for name in wanted if (ROOT / name).exists() and name not in packed]
+    check(not missing, f"The sdist lacks {missing}")
+    check("Makefile" in packed and "tests/conftest.py" in packed, "The sdist lacks the Makefile or the tests.")
+
+
+def check_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    top = {name.split("/")[0] for name in packed if ".dist-info/" not in name}
+    check(top == {"ferrum_jax", "ferrum_kernels"}, f"The wheel holds {sorted(top)}, not just the two packages.")
+    for package, home in {"ferrum_jax": ROOT, "ferrum_kernels": ROOT / "kernels"}.items():
+        files = {
+            path.relative_to(home).as_posix()
+            for path in (home / package).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        held = {name for name in packed if name.startswith(f"{package}/")}
+        check(held == files, f"{package} in the wheel and in the source tree differ: {sorted(held ^ files)}")
+        check(f"{package}/py.typed" in held, f"The wheel has no {package}/py.typed.")
+    check(any(name.endswith("/model.safetensors") for name in packed), "The wheel has no demo model.")
+    check(any(name.endswith("licenses/LICENSE") for name in packed), "The wheel has no licence.")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="ferrum-jax-wheel-") as name:
+        folder = Path(name)
+        say("building the sdist, and the wheel from it")
+        run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder, quiet=True)
+        (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+        check_sdist(sdist)
+        check_wheel(wheel)
+        say(f"{sdist.name} {sdist.stat().st_size / 1e6:.1f} MB, {wheel.name} {wheel.stat().st_size / 1e6:.1f} MB")
+
+        say("installing the wheel beside Hugging Face's kernels")
+        run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+        bin_folder = folder / "venv" / "bin"
+        python = bin_folder / "python"
+        run(python, "-m", "pip", "install", "-qq", f"{wheel}[test]", "kernels", cwd=folder)
+        run(python, "-m", "pip", "check", cwd=folder)
+        for place in (folder, ROOT):
+            run(python, "-c", "import kernels; kernels.get_kernel", cwd=place)
+        run(python, "-c", USE, cwd=folder)
+        check("run" in run(bin_folder / "ferrum-jax", "--help", cwd=folder, quiet=True), "--help does not name run.")
+        run(bin_folder / "ferrum-jax", "run", "demo", "Once upon a time", "--max-tokens", "16", cwd=folder)
+
+        say("running tests from another folder against the wheel")
+        elsewhere = folder / "elsewhere"
+        shutil.copytree(ROOT / "tests", elsewhere / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", elsewhere)
+        run(python, "-m", "pytest", *SUBSET, cwd=elsewhere)
+
+        say("uninstalling leaves Hugging Face's kernels whole")
+        run(python, "-m", "pip", "uninstall", "-qq", "-y", "ferrum-jax", cwd=folder)
+        run(python, "-c", "import kernels; kernels.get_kernel", cwd=folder)
+    say("the wheel is good")
+
+
+if __name__ == "__main__":
+    main()
