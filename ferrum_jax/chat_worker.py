@@ -114,16 +114,21 @@ def _limit_memory() -> None:
         return
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Answers until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that started us
     _limit_memory()
-    print("ready", flush=True)
+    _say("ready")
     # The program that started us stops us sooner; should it be gone, the alarm ends this process.
     alarm = getattr(signal, "alarm", lambda seconds: None)
     for line in sys.stdin:
         alarm(ORPHAN_LIMIT_SECONDS)
-        print(json.dumps(reply(json.loads(line))), flush=True)
+        _say(json.dumps(reply(json.loads(line))))
         alarm(0)
 
 

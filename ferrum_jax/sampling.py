@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from ferrum_jax.errors import RequestError
 from ferrum_jax.sampling_params import SamplingParams as SamplingParams
@@ -26,7 +27,6 @@ from ferrum_jax.sampling_stages import greedy_token as greedy_token
 from ferrum_jax.sampling_stages import gumbel as gumbel
 from ferrum_jax.sampling_stages import keep_min_p as keep_min_p
 from ferrum_jax.sampling_stages import keep_top_k as keep_top_k
-from ferrum_jax.sampling_stages import keep_top_k_top_p as keep_top_k_top_p
 from ferrum_jax.sampling_stages import keep_top_p as keep_top_p
 from ferrum_jax.sampling_stages import sample_token as sample_token
 from ferrum_jax.sampling_stages import token_logprob as token_logprob
@@ -269,21 +269,21 @@ def _reserved(state: SamplerState, name: str) -> Array:
 def _filtered(logits: Array, state: SamplerState, plan: SamplerPlan) -> Array:
     if plan.min_p:
         logits = keep_min_p(logits, state.min_p)
-    if plan.top_k and plan.top_p:
-        return keep_top_k_top_p(logits, state.top_k, state.top_p)
     if plan.top_k:
-        return keep_top_k(logits, state.top_k)
-    return keep_top_p(logits, state.top_p) if plan.top_p else logits
+        logits = keep_top_k(logits, state.top_k)
+    if plan.top_p:
+        logits = keep_top_p(logits, state.top_p)
+    return logits
 
 
 def sample(
     logits: Array,
     key: Array,
     *,
-    temperature: float | Array = 1.0,
-    top_k: int | Array = 0,
-    top_p: float | Array = 1.0,
-    min_p: float | Array = 0.0,
+    temperature: ArrayLike = 1.0,
+    top_k: ArrayLike = 0,
+    top_p: ArrayLike = 1.0,
+    min_p: ArrayLike = 0.0,
 ) -> Array:
     """Draws a token for every row of logits: temperature, min-p, top-k and top-p in one call, for notebooks.
 
@@ -303,7 +303,7 @@ def sample(
       >>> sample(jnp.array([0.0, 5.0, 1.0]), jax.random.key(0), top_k=1).item()
       1
     """
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     arrays = {name for name, value in given.items() if isinstance(value, jax.Array | np.ndarray)}
     request = SamplingParams(**{name: value for name, value in given.items() if name not in arrays})
     rows = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)

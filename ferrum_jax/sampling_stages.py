@@ -1,10 +1,12 @@
 """The stages of sampling: pure functions on float32 logits [B, V] with one traced parameter per row [B].
 
-Each is usable alone, under jit and on any device: no 64-bit types, no complex numbers, no custom top-k call.
+Each is usable alone, under jit and on any device: no 64-bit types, no complex numbers, no custom top-k call, no sort.
 A stage that removes a token sets its logit to -inf; the best token of a row is never removed.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +127,8 @@ def keep_top_k(logits: Array, k: Array) -> Array:
       >>> keep_top_k(jnp.array([[1.0, 3.0, 1.0]]), jnp.array([2])).tolist()
       [[1.0, 3.0, -inf]]
     """
-    ordered = _descending(logits)
-    return _keep_best(logits, ordered, _top_k_size(ordered, k))
+    total = jnp.where(k > 0, k.astype(jnp.float32), jnp.inf)
+    return _keep_until(logits, jnp.ones_like(logits), total)
 
 
 def keep_top_p(logits: Array, p: Array) -> Array:
@@ -145,30 +147,8 @@ def keep_top_p(logits: Array, p: Array) -> Array:
       >>> keep_top_p(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), jnp.array([0.7]))[0, 2].item()
       -inf
     """
-    ordered = _descending(logits)
-    return _keep_best(logits, ordered, _top_p_size(ordered, p))
-
-
-def keep_top_k_top_p(logits: Array, k: Array, p: Array) -> Array:
-    """`keep_top_p(keep_top_k(logits, k), p)` with one sort of the vocabulary instead of two.
-
-    Args:
-      logits: float32 [B, V].
-      k: int32 [B]; 0 keeps all.
-      p: float32 [B] in (0, 1].
-
-    Returns:
-      float32 [B, V], -inf for the tokens removed.
-
-    Example:
-      >>> logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
-      >>> jnp.isfinite(keep_top_k_top_p(logits, jnp.array([3]), jnp.array([0.7]))).tolist()
-      [[True, True, False, False]]
-    """
-    ordered = _descending(logits)
-    size = _top_k_size(ordered, k)
-    best = jnp.where(_positions(ordered) < size[:, None], ordered, -jnp.inf)
-    return _keep_best(logits, ordered, jnp.minimum(size, _top_p_size(best, p)))
+    # A float32 sum may reach 1 early, so p = 1 is never reached.
+    return _keep_until(logits, jax.nn.softmax(logits, axis=-1), jnp.where(p < 1, p, jnp.inf))
 
 
 def sample_token(logits: Array, keys: Array, temperature: Array) -> Array:
@@ -231,6 +211,7 @@ def token_logprob(logits: Array, token: Array) -> Array:
     return _at(jax.nn.log_softmax(logits, axis=-1), token)
 
 
+@functools.partial(jax.jit, static_argnames="n")
 def top_logprobs(logits: Array, n: int) -> tuple[Array, Array]:
     """The n most likely tokens and their log-probabilities under softmax(logits); see `token_logprob`.
 
@@ -306,31 +287,37 @@ def _positions(array: Array) -> Array:
 
 
 def _at(array: Array, index: Array) -> Array:
-    """array[b, index[b]] for every row, as a masked sum: Apple's plugins are happier without a gather."""
+    """array[b, index[b]] for every row, as a masked sum, which needs no gather."""
     return jnp.sum(jnp.where(_positions(array) == index[:, None], array, jnp.zeros_like(array)), axis=-1)
 
 
-def _descending(logits: Array) -> Array:
-    return -jnp.sort(-logits, axis=-1)
+@jax.jit
+def _keep_until(logits: Array, weights: Array, total: Array) -> Array:
+    """Keeps the best tokens, equal ones by token id, until their weights sum to `total`.
+
+    The logit at the cut is found bit by bit: 32 masked sums are several times faster than a sort. Counts are exact in
+    float32 for any vocabulary below 2**24.
+    """
+    order = _order(logits)
+
+    def raise_cut(cut: Array, bit: Array) -> tuple[Array, None]:
+        higher = cut | bit
+        return jnp.where(_weigh(order >= higher[:, None], weights) >= total, higher, cut), None
+
+    bits = jnp.uint32(1) << jnp.arange(31, -1, -1, dtype=jnp.uint32)
+    cut, _ = lax.scan(raise_cut, jnp.zeros(logits.shape[0], jnp.uint32), bits)
+    better, equal = order > cut[:, None], order == cut[:, None]
+    earlier = lax.cumsum(equal.astype(logits.dtype), axis=1) - 1
+    before = _weigh(better, weights)[:, None] + earlier * weights
+    return jnp.where(better | (equal & (before < total[:, None])), logits, -jnp.inf)
 
 
-def _top_k_size(ordered: Array, k: Array) -> Array:
-    vocab = jnp.int32(ordered.shape[-1])
-    return jnp.where(k > 0, jnp.minimum(k, vocab), vocab)
+def _weigh(mask: Array, weights: Array) -> Array:
+    return jnp.sum(jnp.where(mask, weights, jnp.zeros_like(weights)), axis=-1)
 
 
-def _top_p_size(ordered: Array, p: Array) -> Array:
-    before = lax.cumsum(jax.nn.softmax(ordered, axis=-1), axis=1)[:, :-1]
-    size = 1 + jnp.sum((before < p[:, None]).astype(jnp.int32), axis=-1, dtype=jnp.int32)
-    # A float32 sum may reach 1 early, so p = 1 is said and not computed.
-    return jnp.where(p < 1, size, jnp.int32(ordered.shape[-1]))
-
-
-def _keep_best(logits: Array, ordered: Array, size: Array) -> Array:
-    """Keeps the `size` best logits; at the cut, equal logits stay in order of token id."""
-    last = _at(ordered, size - 1)[:, None]
-    equal = logits == last
-    better = logits > last
-    room = size[:, None] - jnp.sum(better.astype(jnp.int32), axis=-1, keepdims=True, dtype=jnp.int32)
-    rank = lax.cumsum(equal.astype(jnp.int32), axis=1)
-    return jnp.where(better | (equal & (rank <= room)), logits, -jnp.inf)
+def _order(logits: Array) -> Array:
+    """uint32 numbers in the order of the float32 logits, with -0 equal to 0."""
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, jnp.zeros_like(logits), logits), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +23,12 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 HELLO = [{"role": "user", "content": "Hello 🦉"}]
+
+
+def worker_process() -> subprocess.Popen[str]:
+    process = chat._worker._process
+    assert process is not None
+    return process
 
 
 def test_chatml():
@@ -145,7 +151,7 @@ def test_the_worker_gets_no_secrets_of_the_environment(monkeypatch):
     monkeypatch.setenv("A_SECRET_TOKEN", "x")
     chat._worker.close()
     render(CHATML, HELLO)
-    environment = Path(f"/proc/{chat._worker._process.pid}/environ").read_bytes()
+    environment = Path(f"/proc/{worker_process().pid}/environ").read_bytes()
     assert b"PYTHONPATH" in environment and b"A_SECRET_TOKEN" not in environment
 
 
@@ -231,14 +237,15 @@ def test_threads_get_their_own_answers():
 
 def test_a_dead_worker_is_replaced():
     render(CHATML, HELLO)
-    os.kill(chat._worker._process.pid, signal.SIGTERM)
-    chat._worker._process.wait()
+    process = worker_process()
+    process.terminate()
+    process.wait()
     assert render("again", HELLO) == "again"
 
 
 def test_a_worker_that_dies_while_rendering_is_told(monkeypatch):
     render(CHATML, HELLO)
-    process = chat._worker._process
+    process = worker_process()
     killer = threading.Timer(0.2, process.terminate)
     killer.start()
     with pytest.raises(CheckpointError, match=r"stopped at a limit \(the process that renders it ended\)"):
@@ -251,8 +258,9 @@ def test_an_interrupt_leaves_no_stale_answer(monkeypatch):
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    stdout = chat._worker._process.stdout
-    monkeypatch.setattr(chat._worker._process, "stdout", mock.Mock(readline=interrupted, close=stdout.close))
+    process = worker_process()
+    assert process.stdout is not None
+    monkeypatch.setattr(process, "stdout", mock.Mock(readline=interrupted, close=process.stdout.close))
     with pytest.raises(KeyboardInterrupt):
         render("stale", HELLO)
     monkeypatch.undo()
@@ -264,7 +272,7 @@ def test_a_worker_that_cannot_start_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(RequestError, match=r"rendered by a second Python process, .* did not start"):
         render(CHATML, HELLO)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RequestError, match="the process that renders chat templates did not start"):
         render(CHATML, HELLO)
     monkeypatch.undo()

@@ -84,7 +84,7 @@ def test_what_the_vocabulary_lacks_is_refused(params, text):
 
 
 def test_parameters_are_kept_in_one_hashable_form():
-    one = SamplingParams(temperature=np.float32(0.5), logit_bias={7: 1, 2: -1.5}, stop="end", stop_token_ids=[4])
+    one = SamplingParams(temperature=np.float64(0.5), logit_bias={7: 1, 2: -1.5}, stop="end", stop_token_ids=[4])
     two = SamplingParams(temperature=0.5, logit_bias=((2, -1.5), (7, 1.0)), stop=("end",), stop_token_ids=(4,))
     assert one == two and hash(one) == hash(two)
     assert replace(one, top_k=3).logit_bias == ((2, -1.5), (7, 1.0))
@@ -99,11 +99,11 @@ def run(requests, logits_per_step, prompts=None):
     plan = SamplerPlan.of(requests)
     state = init_sampler(requests, V, prompts)
     step = jax.jit(sample_step, static_argnames="plan")
-    tokens, sampled = [], None
+    history = []
     for logits in logits_per_step:
         sampled, state = step(logits, state, plan=plan)
-        tokens.append(np.asarray(sampled.token))
-    return np.stack(tokens), sampled
+        history.append(sampled)
+    return np.stack([sampled.token for sampled in history]), history[-1]
 
 
 MIXED = [
@@ -204,7 +204,7 @@ def test_a_greedy_plan_compiles_to_an_argmax():
     state = init_sampler(requests, V)
     text = str(jax.make_jaxpr(lambda x: sample_step(x, state, replace(plan, logprobs=None)))(jnp.zeros((1, V))))
     assert "argmax" in text
-    for word in ("sort", "exp", "log", "threefry", "cumsum"):
+    for word in ("while", "scan", "exp", "log", "threefry", "cumsum"):
         assert not re.search(rf"\b{word}", text), word
 
 
@@ -214,7 +214,7 @@ def test_every_stage_lowers_for_apple_without_64_bits_and_custom_calls(platform)
     values = re.findall(r"tensor<([^>]*)>", re.sub(r"<\{.*?\}>", "", text))  # without the attributes of operations
     assert {value.split("x")[-1] for value in values} == {"f32", "i32", "ui32", "i1"}
     operations = set(re.findall(r"hlo\.(\w+)", text))
-    assert "sort" in operations
+    assert {"while", "reduce", "bitcast_convert"} <= operations
     assert not operations & {"custom_call", "top_k", "gather", "scatter", "fft", "complex"}
 
 

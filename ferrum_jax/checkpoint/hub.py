@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ferrum_jax.checkpoint.files import check_folder
@@ -91,23 +93,13 @@ def _split(name: str, revision: str | None) -> tuple[str, str | None]:
 def _snapshot(repo: str, revision: str | None, offline: bool, quiet: bool) -> Path:
     # Deferred: the Hub client is slow to import, and the demo and local folders do not need it.
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-    silent = quiet or not sys.stderr.isatty()
     off = offline or constants.HF_HUB_OFFLINE
     try:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            local_files_only=offline,
-            allow_patterns=ALLOW,
-            ignore_patterns=IGNORE,
-            tqdm_class=Silent if silent else None,
-        )
+        with _no_bars() if quiet or not sys.stderr.isatty() else nullcontext():
+            folder = snapshot_download(
+                repo, revision=revision, local_files_only=offline, allow_patterns=ALLOW, ignore_patterns=IGNORE
+            )
     except Exception as error:  # the client's HTTP library, and so its exceptions, differ between versions
         raise CheckpointError(_explain(error, repo, revision, off)) from error
     path = Path(folder)
@@ -119,6 +111,21 @@ def _snapshot(repo: str, revision: str | None, offline: bool, quiet: bool) -> Pa
             "Choose a repository with GPTQ weights in safetensors."
         )
     return path
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switch the client's progress bars off for a while, unless HF_HUB_DISABLE_PROGRESS_BARS settles the matter."""
+    from huggingface_hub import constants, utils
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
 
 
 def _explain(error: Exception, repo: str, revision: str | None, offline: bool) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.numpy import save
 
 from ferrum_jax.checkpoint.files import open_checkpoint
@@ -70,7 +70,7 @@ def hub(cache, monkeypatch):
 def point_at(monkeypatch, url):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    for module in (constants, huggingface_hub.file_download):  # old clients copied the name into file_download
+    for module in (constants, file_download):  # old clients copied the name into file_download
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
@@ -215,6 +215,7 @@ class TestDownload:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         resolve(REPO, quiet=True)
         assert capsys.readouterr() == ("", "")
+        assert not huggingface_hub.utils.are_progress_bars_disabled()  # as they were
 
     def test_progress_on_a_terminal_goes_to_stderr(self, hub, capsys, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

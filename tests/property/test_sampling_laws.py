@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from ferrum_jax import sampling
 
 B, V = 3, 11
+variants: Any = chex.variants  # chex has no types for its decorators
 
 # Halves tie often and are exact; ties at a cut are where implementations differ.
 logits_arrays = st.lists(
@@ -59,7 +62,9 @@ def nucleus_sizes(row: np.ndarray, p: float) -> set[int]:
 
 
 class StagesTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    variant: Any
+
+    @variants(with_jit=True, without_jit=True)
     def test_stages_equal_their_reference(self):
         stages = {
             name: self.variant(getattr(sampling, name))
@@ -70,7 +75,6 @@ class StagesTest(chex.TestCase):
                 "keep_min_p",
                 "keep_top_k",
                 "keep_top_p",
-                "keep_top_k_top_p",
             )
         }
 
@@ -117,16 +121,11 @@ class StagesTest(chex.TestCase):
                 allowed = [only(row, by_rank(row)[:size]) for size in nucleus_sizes(row, share)]
                 assert any((result == want).all() for want in allowed)
 
-        @given(logits_arrays, sizes, column(2**-20, 1))
-        def both(logits, k, p):
-            want = stages["keep_top_p"](stages["keep_top_k"](logits, k), p)
-            np.testing.assert_array_equal(stages["keep_top_k_top_p"](logits, k, p), want)
-
-        for law in (repetition, presence_frequency, temperature, min_p, top_k, top_p, both):
+        for law in (repetition, presence_frequency, temperature, min_p, top_k, top_p):
             with self.subTest(law.__name__):
                 law()
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @variants(with_jit=True, without_jit=True)
     def test_drawing_obeys_its_keys(self):
         fold_in, sample_token = self.variant(sampling.fold_in), self.variant(sampling.sample_token)
 
@@ -167,7 +166,7 @@ class StagesTest(chex.TestCase):
             with self.subTest(law.__name__):
                 law()
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @variants(with_jit=True, without_jit=True)
     def test_log_probabilities(self):
         token_logprob = self.variant(sampling.token_logprob)
         top_logprobs = self.variant(lambda logits: sampling.top_logprobs(logits, V))

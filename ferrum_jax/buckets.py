@@ -1,0 +1,158 @@
+"""Static shapes: a ladder of sizes, and steps that compile once per bucket and never otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+from ferrum_jax.errors import CapacityError, ConfigError, RetraceError
+
+
+def _ladder(first: int, last: int, per_octave: int = 1) -> tuple[int, ...]:
+    sizes, size = [], first
+    while size <= last:
+        sizes += [size + size * i // per_octave for i in range(per_octave)]
+        size *= 2
+    return tuple(size for size in sizes if size <= last)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Buckets:
+    """The sizes that steps compile for.
+
+    Attributes:
+      batch: rows.
+      prefill: tokens of a prompt read in one step; longer prompts are read in pieces of the largest.
+      cache: tokens a row can hold.
+
+    Raises:
+      ConfigError: a ladder is empty, not rising or not positive.
+
+    >>> Buckets().fit("batch", 3)
+    4
+    """
+
+    batch: tuple[int, ...] = _ladder(1, 256)
+    prefill: tuple[int, ...] = _ladder(16, 512, per_octave=2)
+    cache: tuple[int, ...] = _ladder(128, 2**20)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            sizes = getattr(self, field.name)
+            if not sizes or sizes[0] < 1 or any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)):
+                raise ConfigError(
+                    f"Buckets.{field.name} is {sizes}; it must hold at least one size, all positive and rising."
+                )
+
+    def fit(self, name: str, size: int) -> int:
+        """The smallest bucket that holds `size`.
+
+        Args:
+          name: "batch", "prefill" or "cache".
+          size: what must fit.
+
+        Raises:
+          CapacityError: nothing in the ladder is large enough.
+        """
+        sizes = getattr(self, name)
+        for bucket in sizes:
+            if bucket >= size:
+                return bucket
+        raise CapacityError(f"{name} size {size} is beyond the largest bucket, {sizes[-1]}; extend Buckets.{name}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompileRecord:
+    """One compilation.
+
+    Attributes:
+      step: name of the function.
+      bucket: its key.
+      seconds: lowering and compiling, or reading the persistent cache.
+      temp_bytes: temporary memory of the program, where the device tells.
+    """
+
+    step: str
+    bucket: Hashable
+    seconds: float
+    temp_bytes: int | None
+
+
+class BucketedStep:
+    """A function compiled ahead of time, once per bucket; other shapes are an error that names the argument.
+
+    >>> import jax.numpy as jnp
+    >>> double = BucketedStep("double", lambda x: x * 2)
+    >>> double(("batch", 2), x=jnp.ones(2)).tolist()
+    [2.0, 2.0]
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], donate: tuple[str, ...] = ()) -> None:
+        """Wrap a function of keyword arguments.
+
+        Args:
+          name: for records and errors.
+          function: pure; called with keyword arguments only.
+          donate: names of arguments whose buffers the step may reuse.
+        """
+        self.name = name
+        self.records: list[CompileRecord] = []
+        self._jitted = jax.jit(function, donate_argnames=donate)
+        self._compiled: dict[Hashable, tuple[dict[str, Any], Any]] = {}
+
+    def __call__(self, bucket: Hashable, **arguments: Any) -> Any:
+        """Run the program of a bucket, compiling it the first time.
+
+        Args:
+          bucket: hashable key.
+          **arguments: the function's arguments; the same shapes and dtypes whenever the key is the same.
+
+        Raises:
+          RetraceError: the arguments differ from those the bucket was compiled for.
+        """
+        signature = _signature(arguments)
+        if bucket not in self._compiled:
+            began = time.perf_counter()
+            compiled = self._jitted.lower(**arguments).compile()
+            memory = compiled.memory_analysis()
+            temp = None if memory is None else memory.temp_size_in_bytes
+            self.records.append(CompileRecord(self.name, bucket, time.perf_counter() - began, temp))
+            self._compiled[bucket] = signature, compiled
+        known, compiled = self._compiled[bucket]
+        if signature != known:
+            raise RetraceError(_difference(self.name, bucket, known, signature))
+        return compiled(**arguments)
+
+
+def _signature(arguments: dict[str, Any]) -> dict[str, Any]:
+    def of(leaf: Any) -> tuple:
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
+
+    return {
+        name: (jax.tree.structure(value), [of(leaf) for leaf in jax.tree.leaves(value)])
+        for name, value in arguments.items()
+    }
+
+
+def _difference(name: str, bucket: Hashable, known: dict[str, Any], now: dict[str, Any]) -> str:
+    text = f"{name} was compiled for bucket {bucket} and would compile again: "
+    for argument in [*known, *(extra for extra in now if extra not in known)]:
+        if known.get(argument) == now.get(argument):
+            continue
+        if argument not in known or argument not in now or known[argument][0] != now[argument][0]:
+            return f"{text}argument {argument!r} has another structure. Use a key of its own for it."
+        old, new = next(pair for pair in zip(known[argument][1], now[argument][1], strict=True) if pair[0] != pair[1])
+        return (
+            f"{text}argument {argument!r} changed {_show(old)} -> {_show(new)}. "
+            f"Pad it to the bucket's shape and dtype, or use a key of its own."
+        )
+    return f"{text}its arguments changed."
+
+
+def _show(leaf: tuple) -> str:
+    shape, dtype, weak = leaf
+    return f"{'weak ' if weak else ''}{dtype}{list(shape)}"
