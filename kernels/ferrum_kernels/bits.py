@@ -32,7 +32,8 @@ def _namespace(array: type_of_array) -> ModuleType:
     return np if isinstance(array, np.ndarray) else jnp
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
+    """Raise ShapeError unless `bits` is a width that GPTQ has."""
     if bits not in SUPPORTED_BITS:
         raise ShapeError(f"bits={bits} is not a GPTQ width; accepted are 2, 3, 4 and 8.")
 
@@ -55,7 +56,7 @@ def unpack(words: type_of_array, bits: int, count: int, axis: int) -> type_of_ar
     >>> unpack(np.array([[0x76543210]], np.uint32), 4, 8, axis=-1)
     array([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=uint32)
     """
-    _check_bits(bits)
+    check_bits(bits)
     if words.shape[axis] != words_for(count, bits):
         raise ShapeError(
             f"{words.shape[axis]} words along axis {axis} of {tuple(words.shape)} cannot hold {count} codes of "
@@ -102,7 +103,7 @@ def pack(codes: type_of_array, bits: int, axis: int) -> type_of_array:
     >>> hex(pack(np.arange(8)[None], 4, axis=-1)[0, 0])
     '0x76543210'
     """
-    _check_bits(bits)
+    check_bits(bits)
     xp = _namespace(codes)
     if axis == -1:
         return pack(codes[..., None], bits, axis=-2)[..., 0]

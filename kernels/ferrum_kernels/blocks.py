@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ferrum_kernels.errors import ShapeError
 
@@ -66,14 +66,13 @@ def max_blocks(pairs: int, num_experts: int, block: int) -> int:
 
 
 def pick_block(pairs: int, num_experts: int) -> int:
-    """Rows per block for a bucket: a power of two near the mean load, so that most experts need one block.
+    """Rows per block for a bucket: the power of two nearest the mean load, so that padding at most doubles the rows.
 
-    >>> [pick_block(p, 128) for p in (8, 64, 512, 4096)]
-    [1, 2, 8, 64]
+    >>> [pick_block(p, 128) for p in (8, 256, 4096, 2**20)]
+    [1, 2, 32, 128]
     """
-    if pairs <= 16:
-        return 1
-    return min(128, 2 ** int(np.ceil(np.log2(max(2.0, 2 * pairs / num_experts)))))
+    mean = max(1.0, pairs / num_experts)
+    return min(128, 2 ** round(math.log2(mean)))
 
 
 def dispatch(expert_ids: jax.Array, num_experts: int, block: int | None = None) -> Dispatch:

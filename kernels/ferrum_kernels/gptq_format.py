@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_kernels.bits import pack, unpack, words_for
+from ferrum_kernels.bits import check_bits, pack, unpack, words_for
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.packed import PackedLinear, check_packed
 
@@ -50,9 +50,9 @@ def decode_zeros(qzeros: np.ndarray, bits: int, n: int, version: str) -> np.ndar
       uint32, same shape; fields past n are zero.
 
     Raises:
-      ShapeError: unknown version.
+      ShapeError: unknown bits or version.
     """
-    _check_version(version)
+    _check_dialect(bits, version)
     words = qzeros.view(np.uint32)
     if version == "gptq" and bits != 3:
         words = words + np.uint32(_WORD_OF_ONES[bits])
@@ -74,7 +74,7 @@ def encode_zeros(zeros: np.ndarray, bits: int, n: int, version: str) -> np.ndarr
     Returns:
       int32, same shape. In v1 the borrow of the last field runs into the padding above it, as the writer's does.
     """
-    _check_version(version)
+    _check_dialect(bits, version)
     if version == "gptq_v2":
         return zeros.view(np.int32)
     if bits == 3:
@@ -82,7 +82,8 @@ def encode_zeros(zeros: np.ndarray, bits: int, n: int, version: str) -> np.ndarr
     return (zeros - np.uint32(_WORD_OF_ONES[bits])).view(np.int32)
 
 
-def _check_version(version: str) -> None:
+def _check_dialect(bits: int, version: str) -> None:
+    check_bits(bits)
     if version not in VERSIONS:
         raise ShapeError(f"checkpoint_format {version!r} is unknown; accepted are 'gptq' (v1) and 'gptq_v2'.")
 
@@ -147,16 +148,19 @@ def from_gptq(
       PackedLinear with host (numpy) arrays.
 
     Raises:
-      ShapeError: shapes that contradict each other, bad groups, or zero points that are not symmetric with sym=True.
+      ShapeError: unknown bits or version, shapes that contradict each other, bad groups, or zero points that are not symmetric with sym=True.
 
     >>> t = GptqTensors(np.zeros((2, 8), np.int32), np.full((1, 1), 0x77777777, np.int32), np.ones((1, 8), np.float16))
     >>> w = from_gptq(t, bits=4, group_size=16)
     >>> w.shape, w.qzeros is None
     ((16, 8), True)
     """
+    _check_dialect(bits, version)
     n = tensors.qweight.shape[1]
     if k is None:
         k = tensors.qweight.shape[0] * 32 // bits if tensors.g_idx is None else tensors.g_idx.shape[0]
+    if group_size < 1 and group_size != -1:
+        raise ShapeError(f"group_size={group_size} is no size; accepted are 1 or more inputs, and -1 for one group.")
     group_size = k if group_size == -1 else group_size
     perm = None if tensors.g_idx is None else input_order(tensors.g_idx, group_size)
     if tensors.qweight.shape[0] != words_for(k, bits):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels.bits import SUPPORTED_BITS, pack, unpack, words_for
+from ferrum_kernels.bits import check_bits, pack, unpack, words_for
 from ferrum_kernels.errors import ShapeError
 
 
@@ -115,8 +115,7 @@ def check_packed(w: PackedLinear) -> None:
       ShapeError: names the field, what was found and what is expected.
     """
     k, n = w.shape
-    if w.bits not in SUPPORTED_BITS:
-        raise ShapeError(f"bits={w.bits} is not a GPTQ width; accepted are 2, 3, 4 and 8.")
+    check_bits(w.bits)
     if not (0 < w.group_size and k > 0 and n > 0):
         raise ShapeError(f"PackedLinear needs positive sizes; got shape={w.shape} and group_size={w.group_size}.")
     groups, lead = w.num_groups, w.lead

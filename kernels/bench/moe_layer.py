@@ -1,0 +1,99 @@
+"""Time one mixture-of-experts layer from hidden states to output: python kernels/bench/moe_layer.py --help.
+
+Random routing, random packed weights; several layers in rotation, so that no weight is read from a cache. Prints one
+line per number of tokens: median and spread, live experts, bytes of weights read and the rate that implies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.config_file import load_toml_config
+from ferrum_jax.moe import moe_layer
+from ferrum_jax.params import random_params
+
+
+def measure(layers: list[Any], cfg: Any, tokens: int, repeats: int, seed: int) -> dict[str, Any]:
+    """Seconds per layer for a number of tokens; the weights take turns."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((tokens, cfg.hidden_size)), cfg.dtype)
+    began = time.perf_counter()
+    step = jax.jit(lambda moe, x, layer: moe_layer(moe, x, cfg, layer=layer)).lower(layers, x, jnp.int32(0)).compile()
+    compile_seconds = time.perf_counter() - began
+    count = layers["experts"]["down"].lead[0]
+    times = []
+    for i in range(repeats + 2):
+        began = time.perf_counter()
+        _, routing = jax.block_until_ready(step(layers, x, jnp.int32(i % count)))
+        times.append(time.perf_counter() - began)
+    median = statistics.median(times[2:])
+    live = len(np.unique(np.asarray(routing.experts)))
+    nbytes = sum(stack.nbytes for stack in layers["experts"].values()) // count * live // cfg.num_experts
+    return {
+        "tokens": tokens,
+        "milliseconds": median * 1e3,
+        "least_milliseconds": min(times[2:]) * 1e3,
+        "live_experts": live,
+        "gigabytes_per_second": nbytes / median / 1e9,
+        "temp_mib": step.memory_analysis().temp_size_in_bytes / 2**20,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    root = Path(__file__).parents[2]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=root / "configs" / "qwen3-30b-a3b.toml")
+    parser.add_argument("--tokens", default="1,4,16,64,512")
+    parser.add_argument("--layers", type=int, default=3, help="layers in rotation")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--implementation", default=None)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    cfg = load_toml_config(options.config)
+    # The embedding is not part of the layer: a small vocabulary keeps it out of memory.
+    cfg = dataclasses.replace(
+        cfg,
+        num_layers=options.layers,
+        moe_layers=cfg.moe_layers[: options.layers],
+        sliding_windows=cfg.sliding_windows[: options.layers],
+        vocab_size=256,
+        eos_token_ids=(),
+        bos_token_id=None,
+        pad_token_id=None,
+        dtype=options.dtype,
+        implementation=options.implementation,
+    )
+    layers = random_params(cfg)["layers"][0]["moe"]
+    rows = []
+    for tokens in map(int, options.tokens.split(",")):
+        router = layers["router"]
+        one = {"router": router[0], "experts": layers["experts"]}
+        rows.append(measure(one, cfg, tokens, options.repeats, seed=tokens))
+        row = rows[-1]
+        if not options.json:
+            print(
+                f"T={tokens:<5} {row['milliseconds']:9.2f} ms (least {row['least_milliseconds']:.2f})  "
+                f"{row['live_experts']:3} experts  {row['gigabytes_per_second']:6.2f} GB/s  "
+                f"temp {row['temp_mib']:.0f} MiB  compile {row['compile_seconds']:.1f} s",
+                flush=True,
+            )
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "config": options.config.name}
+    print(json.dumps({**device, "rows": rows}) if options.json else device, file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The library against the quantising tool's own numbers: logits, routing, greedy texts, likelihoods.
+
+Every reference holds float32 results of plain transformers on the weights as the tool itself dequantises them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.config import ModelConfig
+from tests.support.goldens import DEMO, FOLDERS, pad, read_model, reference
+
+PROMPTS = range(4)
+IMPLEMENTATIONS = ["xla", "apple"]
+DEMO_PERPLEXITY, WINDOW = 28.3373, 512
+
+forward = jax.jit(fj.forward, static_argnames=("cfg", "with_aux"))
+
+
+@functools.lru_cache(maxsize=1)
+def load(name: str) -> tuple[ModelConfig, dict[str, Any]]:
+    return read_model(FOLDERS[name])
+
+
+def prompts(golden: Any) -> tuple[np.ndarray, np.ndarray]:
+    return pad([golden[f"ids_{i}"] for i in PROMPTS])
+
+
+def worst(logits: jax.Array, golden: Any, lengths: np.ndarray) -> float:
+    """The largest difference over all recorded positions; long prompts keep only their last ones."""
+    host = np.asarray(logits)
+    differences = []
+    for i in PROMPTS:
+        expected = golden[f"logits_q_{i}"]
+        differences.append(np.abs(host[i, lengths[i] - len(expected) : lengths[i]] - expected).max())
+    return float(np.max(differences))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_logits_and_routing_equal_the_reference(name: str, implementation: str) -> None:
+    golden, (cfg, params) = reference(name), load(name)
+    tokens, lengths = prompts(golden)
+    cfg = dataclasses.replace(cfg, implementation=implementation)
+    logits, aux = forward(params, tokens, cfg=cfg, with_aux=True)
+    assert worst(logits, golden, lengths) < 1e-4
+    if "router_logits_q_0" in golden:
+        seen = np.concatenate([run.logits for run in aux.routing])
+        for i in PROMPTS:
+            np.testing.assert_allclose(seen[:, i, : lengths[i]], golden[f"router_logits_q_{i}"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_greedy_tokens_equal_the_reference(name: str, implementation: str) -> None:
+    golden, (cfg, params) = reference(name), load(name)
+    tokens, lengths = prompts(golden)
+    cfg = dataclasses.replace(cfg, implementation=implementation)
+    prefill = jax.jit(fj.prefill, static_argnames="cfg", donate_argnames="cache")
+    decode = jax.jit(fj.decode_step, static_argnames="cfg", donate_argnames="cache")
+    expected = [golden[f"greedy_q_{i}"].tolist() for i in PROMPTS]
+    steps = max(map(len, expected))
+    cache = fj.init_cache(cfg, batch=len(tokens), length=int(lengths.max()) + steps)
+    logits, cache = prefill(params, tokens, lengths, cache, cfg=cfg)
+    written: list[np.ndarray] = []
+    for _ in range(steps):
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        written.append(np.asarray(token))
+        logits, cache = decode(params, token, cache, cfg=cfg)
+    texts = np.stack(written, axis=1).tolist()
+    assert [text[: len(known)] for text, known in zip(texts, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_bfloat16_logits_are_close_to_the_reference(name: str) -> None:
+    golden = reference(name)
+    cfg, params = read_model(FOLDERS[name], dtype="bfloat16")
+    tokens, lengths = prompts(golden)
+    assert worst(forward(params, tokens, cfg=cfg), golden, lengths) < 0.15
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def token_nll(params: Any, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Negative log likelihood of every token but the first, float32 [B, T - 1]."""
+    log_probs = jax.nn.log_softmax(fj.forward(params, tokens, cfg)[:, :-1], axis=-1)
+    return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name != DEMO])
+def test_held_out_likelihoods_equal_the_reference(name: str) -> None:
+    golden, (cfg, params) = reference(name), load(name)
+    nll = token_nll(params, jnp.asarray(golden["heldout_ids"]), cfg)
+    np.testing.assert_allclose(nll, golden["nll_q"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_held_out_perplexity_of_the_demo_model() -> None:
+    golden, (cfg, params) = reference(DEMO), load(DEMO)
+    ids = golden["heldout_ids"]
+    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, 3, WINDOW)  # as recorded: full windows only, 201 of them
+    total = sum(float(token_nll(params, jnp.asarray(some), cfg).sum(dtype=jnp.float32)) for some in windows)
+    perplexity = math.exp(total / (windows.shape[0] * 3 * (WINDOW - 1)))
+    assert perplexity == pytest.approx(DEMO_PERPLEXITY, rel=1e-3)
+    assert math.log(perplexity) == pytest.approx(float(golden["heldout_nll_q"]), abs=1e-3)
