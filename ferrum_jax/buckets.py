@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -43,7 +44,7 @@ class Buckets:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             sizes = getattr(self, field.name)
-            if not sizes or sizes[0] < 1 or any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)):
+            if not sizes or sizes[0] < 1 or any(b <= a for a, b in itertools.pairwise(sizes)):
                 raise ConfigError(
                     f"Buckets.{field.name} is {sizes}; it must hold at least one size, all positive and rising."
                 )

@@ -43,8 +43,11 @@ def free_memory() -> int | None:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    if device.platform != "cpu":
-        return None
+    return free_host_memory() if device.platform == "cpu" else None
+
+
+def free_host_memory() -> int | None:
+    """Bytes of main memory that programs can still take, or None where the system does not say."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:
@@ -92,8 +95,8 @@ def enable_compile_cache() -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    if chosen := jax.config.values.get("jax_compilation_cache_dir"):
+        return Path(chosen)
     folder = compile_cache_folder()
     if folder is None:
         return None

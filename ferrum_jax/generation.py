@@ -78,7 +78,12 @@ class Step:
 
 
 def stream_generate(
-    model: Model, prompt: Prompt, sampling: SamplingParams | None = None, *, buckets: Buckets | None = None, **options: Any
+    model: Model,
+    prompt: Prompt,
+    sampling: SamplingParams | None = None,
+    *,
+    buckets: Buckets | None = None,
+    **options: Any,
 ) -> Iterator[Step]:
     """Continue one prompt, token by token.
 
@@ -169,18 +174,18 @@ def generate(
     >>> len(fj.generate(fj.load("demo"), ["The fox", "Once upon a time there was"], max_tokens=2))
     2
     """
-    single = isinstance(prompts, str)
-    texts = [""] * (1 if single else len(prompts))
+    batch: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
+    texts = [""] * len(batch)
     if not texts:
         return []
-    for step in stream_batch(model, [prompts] if single else prompts, sampling, buckets=buckets, **options):
+    for step in stream_batch(model, batch, sampling, buckets=buckets, **options):
         if step.finish_reason == "nonfinite_logits":
             raise BackendError(
                 f"prompt {step.row} gave logits that are NaN or infinite after {step.stats.generated_tokens} tokens. "
                 f"Try dtype='float32'; if it stays, the weights are broken."
             )
         texts[step.row] += step.text
-    return texts[0] if single else texts
+    return texts[0] if isinstance(prompts, str) else texts
 
 
 def _request(sampling: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
@@ -299,7 +304,7 @@ class _Batch:
             start += width
         sampled, state = steps["sample"]((batch,), logits=logits, state=state)
 
-        texts = [StopText(self.model.tokenizer.stream(), request.stop) for request in self.requests]
+        texts = [StopText(self.model.tokenizer.stream(), tuple(request.stop)) for request in self.requests]
         stops = [self._stop_ids(request) for request in self.requests]
         active = np.array([1] * rows + [0] * padding, np.int32)
         first = 0.0
@@ -308,7 +313,7 @@ class _Batch:
             now, compiling = time.perf_counter(), _compile_seconds(steps) - compiled_before
             first = first or now - self.began - compiling
             decode = now - self.began - compiling - first
-            for row in np.flatnonzero(active[:rows]):
+            for row in map(int, np.flatnonzero(active[:rows])):
                 stats = Stats(len(self.prompts[row]), count, first, decode, compiling)
                 step = self._row(row, host, texts[row], stops[row], count, stats)
                 active[row] = step.finish_reason is None
@@ -325,7 +330,7 @@ class _Batch:
 
     def _row(self, row: int, host: Sampled, text: StopText, stops: frozenset[int], count: int, stats: Stats) -> Step:
         token, request = int(host.token[row]), self.requests[row]
-        logprob = float(host.logprob[row])
+        logprob = float(host.logprob[row])  # pyright: ignore[reportOptionalSubscript]
         top: tuple[tuple[int, float], ...] = ()
         if request.logprobs and host.top_ids is not None and host.top_logprobs is not None:
             best = zip(host.top_ids[row], host.top_logprobs[row], strict=True)
@@ -351,7 +356,9 @@ def _token_ids(model: Model, prompt: Prompt, row: int) -> list[int]:
         raise RequestError(f"prompt {row} is empty; give at least one token, such as the first word.")
     low, high, vocab = min(ids), max(ids), model.cfg.vocab_size
     if low < 0 or high >= vocab:
-        raise RequestError(f"prompt {row} holds token ids {low} to {high}; this model's vocabulary is 0 to {vocab - 1}.")
+        raise RequestError(
+            f"prompt {row} holds token ids {low} to {high}; this model's vocabulary is 0 to {vocab - 1}."
+        )
     return ids
 
 

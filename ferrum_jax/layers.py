@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ferrum_kernels.contract import einsum
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import PackedLinear, gptq_matmul
+from ferrum_kernels.contract import einsum
 
 
 def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*lead D"]:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ferrum_kernels.contract import einsum
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -24,6 +23,7 @@ from ferrum_jax.kernels import default_implementation
 from ferrum_jax.layers import attention, linear, mlp, rms_norm
 from ferrum_jax.moe import Routing, moe_layer
 from ferrum_jax.rope import apply_rope, rope_frequencies
+from ferrum_kernels.contract import einsum, is_traced
 
 Params = dict[str, Any]
 
@@ -165,8 +165,8 @@ def _extend(
             write(buffer, new, layer, cache.lengths, lengths, scatter)
             for buffer, new in zip(state, (k, v), strict=True)
         )
-        seen = (lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False).astype(q.dtype) for buffer in (keys, values))
-        return attention(q, *seen, _visible(positions, slots, window)), (keys, values)
+        k, v = (lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False).astype(q.dtype) for buffer in (keys, values))
+        return attention(q, k, v, _visible(positions, slots, window)), (keys, values)
 
     x = _embed(params, tokens, cfg)
     mask = offsets < lengths[:, None]
@@ -277,7 +277,7 @@ def _check_tokens(tokens: jax.Array, ndim: int, cfg: ModelConfig) -> None:
     if tokens.ndim != ndim or not jnp.issubdtype(tokens.dtype, jnp.integer):
         shape = "[B, T]" if ndim == 2 else "[B]"
         raise ShapeError(f"tokens are {tokens.dtype}{list(tokens.shape)}; expected int32{shape}.")
-    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+    if is_traced(tokens) or tokens.size == 0:
         return
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= cfg.vocab_size:
@@ -291,12 +291,12 @@ def _check_room(tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> None:
             f"tokens have {batch} rows, lengths are {list(lengths.shape)} and the cache has {cache.k.shape[1]} rows; "
             f"all three must agree."
         )
-    if isinstance(lengths, jax.core.Tracer):
+    if is_traced(lengths):
         return
     host = np.asarray(lengths)
     if (host < 0).any() or (host > length).any():
         raise CapacityError(f"lengths are {host.tolist()}; each must be between 0 and T={length}.")
-    if isinstance(cache.lengths, jax.core.Tracer):
+    if is_traced(cache.lengths):
         return
     total = np.asarray(cache.lengths) + host
     if (total > cache.capacity).any():

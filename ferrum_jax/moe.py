@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ferrum_kernels.blocks import dispatch as dispatch
 from jaxtyping import Array, Bool, Float, Int
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
 from ferrum_jax.kernels import Dispatch, from_blocks, grouped_gptq_matmul, to_blocks
 from ferrum_jax.layers import linear, silu_mul
+from ferrum_kernels.blocks import dispatch as dispatch
 
 
 @dataclasses.dataclass(frozen=True)

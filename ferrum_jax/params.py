@@ -142,7 +142,9 @@ def assemble(plan: Plan, top: Callable[[str], Any], layer_of: Callable[[int, int
     return params
 
 
-_put = jax.jit(lambda stack, value, offset: jax.lax.dynamic_update_index_in_dim(stack, value, offset, 0), donate_argnums=0)
+_put = jax.jit(
+    lambda stack, value, offset: jax.lax.dynamic_update_index_in_dim(stack, value, offset, 0), donate_argnums=0
+)
 
 
 def _fill(stacks: Any, layer: Any, offset: np.int32) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ferrum_kernels.bits import words_for
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import MixedStack, PackedLinear
 from ferrum_jax.sources import Experts, Linear, Vector, layer_sources, top_sources
+from ferrum_kernels.bits import words_for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ def make_plan(cfg: ModelConfig, format_of: FormatOf | None = None) -> Plan:
 
 
 def zip_sources(combine: Callable[..., Any], *trees: Any) -> Any:
+    """Combine the leaves of source trees that have the same keys."""
     if isinstance(trees[0], dict):
         return {key: zip_sources(combine, *(tree[key] for tree in trees)) for key in trees[0]}
     return combine(*trees)

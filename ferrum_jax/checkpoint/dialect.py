@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from ferrum_kernels.bits import SUPPORTED_BITS, unpack, words_for
-from ferrum_kernels.gptq_format import input_order
 
 from ferrum_jax.checkpoint.files import CheckpointFiles, TensorReader
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import CheckpointError, ShapeError
 from ferrum_jax.plan import Format
 from ferrum_jax.sources import Experts, Linear, Vector, layer_sources, other_names, top_sources
+from ferrum_kernels.bits import SUPPORTED_BITS, unpack, words_for
+from ferrum_kernels.gptq_format import input_order
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -221,9 +221,7 @@ class _Scan:
             )
         raise CheckpointError(f"{found}; bits could be any of {fit}. Say which in quantize_config.json (bits).")
 
-    def group_size_of(
-        self, module: str, k: int, groups: int, g_idx: np.ndarray | None, declared: int | None
-    ) -> int:
+    def group_size_of(self, module: str, k: int, groups: int, g_idx: np.ndarray | None, declared: int | None) -> int:
         declared = k if declared == -1 else declared
         if declared is not None and groups == -(-k // declared):
             return min(declared, k)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ferrum_kernels.bits import pack, unpack
 
 from ferrum_jax.checkpoint.dialect import Dialect, read_dialect
 from ferrum_jax.checkpoint.files import CheckpointFiles, TensorReader, open_checkpoint
@@ -26,6 +25,7 @@ from ferrum_jax.plan import Plan, make_plan
 from ferrum_jax.progress import Progress
 from ferrum_jax.sources import Experts, Linear, Vector
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_kernels.bits import pack, unpack
 
 
 class CheckpointWarning(UserWarning):
@@ -236,10 +236,9 @@ class _LeafReader:
 
     def packed(self, module: str, leaf: PackedLinear) -> PackedLinear:
         names = {field: f"{module}.{field}" for field in ("qweight", "qzeros", "scales", "g_idx")}
-        found = {field: self.read(name) if name in self.dialect.names else None for field, name in names.items()}
-        tensors = GptqTensors(
-            found["qweight"], found["qzeros"], _exact_float16(found["scales"], names["scales"]), found["g_idx"]
-        )
+        g_idx = self.read(names["g_idx"]) if names["g_idx"] in self.dialect.names else None
+        scales = _exact_float16(self.read(names["scales"]), names["scales"])
+        tensors = GptqTensors(self.read(names["qweight"]), self.read(names["qzeros"]), scales, g_idx)
         try:
             return from_gptq(
                 tensors,

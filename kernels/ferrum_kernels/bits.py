@@ -7,16 +7,14 @@ For 3 bits a code can straddle two words. Both directions run on numpy arrays an
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ferrum_kernels.errors import ShapeError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
-
-type_of_array = jax.Array | np.ndarray
 
 
 def words_for(count: int, bits: int) -> int:
@@ -28,7 +26,7 @@ def words_for(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _namespace(array: type_of_array) -> ModuleType:
+def _namespace(array: Any) -> ModuleType:
     return np if isinstance(array, np.ndarray) else jnp
 
 
@@ -38,7 +36,7 @@ def check_bits(bits: int) -> None:
         raise ShapeError(f"bits={bits} is not a GPTQ width; accepted are 2, 3, 4 and 8.")
 
 
-def unpack(words: type_of_array, bits: int, count: int, axis: int) -> type_of_array:
+def unpack(words: Any, bits: int, count: int, axis: int) -> Any:
     """Split packed words into codes along one axis.
 
     Args:
@@ -74,19 +72,17 @@ def unpack(words: type_of_array, bits: int, count: int, axis: int) -> type_of_ar
         pad = -words.shape[-2] % bits
         words = xp.pad(words, [(0, 0)] * (words.ndim - 2) + [(0, pad), (0, 0)])
         words = words.reshape(*words.shape[:-2], -1, bits, words.shape[-1])
-        parts = []
-        for start in range(0, 32 * bits, bits):
-            word, shift = divmod(start, 32)
-            part = words[..., word, :] >> np.uint32(shift)
-            if shift + bits > 32:
-                part = part | (words[..., word + 1, :] << np.uint32(32 - shift))
-            parts.append(part & mask)
-        codes = xp.stack(parts, axis=-2)
+        word, shift = np.divmod(np.arange(0, 32 * bits, bits), 32)
+        shift = shift.astype(np.uint32).reshape([1] * (words.ndim - 2) + [-1, 1])
+        low = xp.take(words, word, axis=-2) >> shift
+        # Where a code does not straddle, these are bits above the mask. A shift by 32 is not defined, by 31 and 1 it is.
+        high = xp.take(words, np.minimum(word + 1, bits - 1), axis=-2) << (np.uint32(31) - shift) << np.uint32(1)
+        codes = (low | high) & mask
     codes = codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])
     return codes[..., :count, :]
 
 
-def pack(codes: type_of_array, bits: int, axis: int) -> type_of_array:
+def pack(codes: Any, bits: int, axis: int) -> Any:
     """Join codes into 32-bit words along one axis; the exact inverse of `unpack`, unused high bits are zero.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -15,6 +16,11 @@ def compute_dtype(dtype: Any) -> Any:
     XLA's CPU backend has no 16-bit product with a float32 sum for every shape (jaxlib 0.10 refuses some at run time).
     """
     return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+
+
+def is_traced(array: Any) -> bool:
+    """Whether a value is known only inside a transformation, so that it cannot be checked on the host."""
+    return isinstance(array, Tracer)
 
 
 def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -110,14 +110,16 @@ def input_order(g_idx: np.ndarray, group_size: int) -> np.ndarray | None:
         return None
     low, high, groups = int(g_idx.min()), int(g_idx.max()), -(-k // group_size)
     if low < 0 or high >= groups:
-        raise ShapeError(f"g_idx holds groups {low} to {high}; K={k} with group_size={group_size} has 0 to {groups - 1}.")
+        raise ShapeError(
+            f"g_idx holds groups {low} to {high}; K={k} with group_size={group_size} has 0 to {groups - 1}."
+        )
     order = np.argsort(g_idx, kind="stable").astype(np.int32)
     if not np.array_equal(g_idx[order], expected):
         sizes = np.bincount(g_idx, minlength=groups)
         worst = int(np.argmax(np.abs(sizes - np.bincount(expected))))
         raise ShapeError(
-            f"g_idx puts {sizes[worst]} inputs into group {worst}; every group must have group_size={group_size} inputs "
-            f"(the last one may have fewer)."
+            f"g_idx puts {sizes[worst]} inputs into group {worst}; every group must have group_size={group_size} "
+            f"inputs (the last one may have fewer)."
         )
     return order
 
@@ -148,7 +150,8 @@ def from_gptq(
       PackedLinear with host (numpy) arrays.
 
     Raises:
-      ShapeError: unknown bits or version, shapes that contradict each other, bad groups, or zero points that are not symmetric with sym=True.
+      ShapeError: unknown bits or version, shapes that contradict each other, bad groups, or zero points that are not
+        symmetric with sym=True.
 
     >>> t = GptqTensors(np.zeros((2, 8), np.int32), np.full((1, 1), 0x77777777, np.int32), np.ones((1, 8), np.float16))
     >>> w = from_gptq(t, bits=4, group_size=16)
@@ -158,14 +161,15 @@ def from_gptq(
     _check_dialect(bits, version)
     n = tensors.qweight.shape[1]
     if k is None:
-        k = tensors.qweight.shape[0] * 32 // bits if tensors.g_idx is None else tensors.g_idx.shape[0]
+        k = len(tensors.qweight) * 32 // bits if tensors.g_idx is None else len(tensors.g_idx)
     if group_size < 1 and group_size != -1:
         raise ShapeError(f"group_size={group_size} is no size; accepted are 1 or more inputs, and -1 for one group.")
     group_size = k if group_size == -1 else group_size
     perm = None if tensors.g_idx is None else input_order(tensors.g_idx, group_size)
     if tensors.qweight.shape[0] != words_for(k, bits):
         raise ShapeError(
-            f"qweight has {tensors.qweight.shape[0]} rows of words; {k} inputs of {bits} bits need {words_for(k, bits)}."
+            f"qweight has {tensors.qweight.shape[0]} rows of words; {k} inputs of {bits} bits need "
+            f"{words_for(k, bits)}."
         )
     qweight = tensors.qweight.view(np.uint32)
     if perm is not None:
@@ -198,7 +202,8 @@ def to_gptq(w: PackedLinear, version: str = "gptq") -> GptqTensors:
     """
     if w.lead:
         raise ShapeError(f"to_gptq takes one matrix, this PackedLinear has leading axes {w.lead}; index it first.")
-    (k, n), bits = w.shape, w.bits
+    k, n = w.shape
+    bits = w.bits
     groups = np.arange(k, dtype=np.int32) // w.group_size
     qweight = np.asarray(w.qweight)
     if w.perm is not None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ferrum_kernels import apple, reference, xla
 from ferrum_kernels.blocks import Dispatch, dispatch_sorted, from_blocks, to_blocks
+from ferrum_kernels.contract import is_traced
 from ferrum_kernels.errors import BackendError, ShapeError
 from ferrum_kernels.mixed import MixedStack
 from ferrum_kernels.packed import PackedLinear, check_packed
@@ -133,7 +134,7 @@ def gptq_matmul(
         if name == "reference":
             return reference.gptq_matmul(rows, w)
         y = {"xla": xla, "apple": apple}[name].gptq_matmul(rows, w)
-        return y if w.bias is None else y + w.bias.astype(jnp.float32)
+        return y if w.bias is None else y + w.bias.astype(jnp.float32)[None]
 
     y = _first_that_applies(implementation, run)
     return y.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.n_per_expert)
@@ -226,7 +227,7 @@ def _lead_and_shape(part: PackedLinear | jax.Array) -> tuple[tuple[int, ...], tu
 def _check_group_sizes(sizes: jax.Array, num_rows: int, num_experts: int) -> None:
     if sizes.shape != (num_experts,) or not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise ShapeError(f"group sizes are {sizes.dtype}{list(sizes.shape)}; expected int32[{num_experts}].")
-    if not isinstance(sizes, jax.core.Tracer):
+    if not is_traced(sizes):
         host = np.asarray(sizes)
         if (host < 0).any() or host.sum() > num_rows:
             raise ShapeError(
@@ -249,6 +250,8 @@ def _run(static: tuple, x: jax.Array, parts: tuple, plan: Dispatch, layer: jax.A
         return reference.grouped_matmul(x, weights.mT if transpose else weights, plan).astype(dtype)
     grouped = {"xla": xla, "apple": apple}[name].grouped_matmul
     y = jnp.zeros((x.shape[0], k if transpose else n), dtype)
+    if not x.shape[0]:
+        return y
     for i, part in enumerate(parts):
         table = np.append(np.arange(plan.num_experts), -1) if tables is None else np.asarray(tables[i])
         block_expert = jnp.asarray(table, jnp.int32)[plan.block_expert]
@@ -279,7 +282,7 @@ def _grouped_bwd(static: tuple, saved: tuple, dy: Any) -> tuple:
     no_rows, parts, plan, layer = saved
     name, block, _, tables, n = static
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
+        dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore[reportArgumentType]
     dx = _run((name, block, no_rows.dtype, tables, n), dy, parts, plan, layer, transpose=True)
     return dx, None, None, None
 

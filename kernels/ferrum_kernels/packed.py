@@ -128,7 +128,9 @@ def check_packed(w: PackedLinear) -> None:
     }
     for field, (shape, dtype) in expected.items():
         array = getattr(w, field)
-        if array is None and field not in ("qweight", "scales"):
+        if array is None:
+            if field in ("qweight", "scales"):
+                raise ShapeError(f"{field} is missing; expected {dtype or 'a float array'}{list(shape)}.")
             continue
         if tuple(array.shape) != shape or (dtype and array.dtype != dtype):
             raise ShapeError(

@@ -27,12 +27,12 @@ def dequantize(w: PackedLinear) -> jax.Array:
 def gptq_matmul(x: jax.Array, w: PackedLinear) -> jax.Array:
     """x [M, K] @ W [K, N] (+ bias) in float32."""
     y = jnp.matmul(x.astype(jnp.float32), dequantize(w), precision="highest")
-    return y if w.bias is None else y + w.bias.astype(jnp.float32)
+    return y if w.bias is None else y + w.bias.astype(jnp.float32)[None]
 
 
 def expert_weights(parts: list, tables: tuple | None, num_experts: int) -> jax.Array:
     """float32 [E, K, N] of every expert, wherever its part holds it."""
-    weights = [None] * num_experts
+    weights: list[jax.Array] = [jnp.zeros(())] * num_experts
     for i, part in enumerate(parts):
         table = range(num_experts) if tables is None else tables[i][:-1]
         for e, place in enumerate(table):

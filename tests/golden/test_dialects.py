@@ -1,0 +1,150 @@
+"""Every dialect of GPTQ against the independent reader: one tiny random checkpoint each, logits compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.kernels import MixedStack, PackedLinear
+from tests.support import damage
+from tests.support import numpy_reader as reader
+from tests.support.checkpoint_writer import MIXED_DYNAMIC, Edit, TinySpec, Tensors, write_checkpoint
+
+IDS = np.random.default_rng(0).integers(2, 97, 12).astype(np.int32)
+BITS = [2, 3, 4, 8]
+ODD = {"hidden_size": 72, "moe_intermediate_size": 40}  # not multiples of 32: words padded, a short last group
+FEWER = {"num_experts": 4, "num_layers": 1}
+UNPACKED_GATE = {r"-:.*gate_proj": {}}
+
+SPECS = {
+    **{f"{bits}-bit asym, one group": TinySpec(bits=bits, sym=False, group_size=-1, **FEWER) for bits in BITS},
+    **{
+        f"{bits}-bit v2, act-order, odd sizes": TinySpec(
+            bits=bits, sym=False, group_size=16, desc_act=True, checkpoint_format="gptq_v2", **ODD, **FEWER
+        )
+        for bits in BITS
+    },
+    "4-bit sym v1": TinySpec(),
+    "4-bit sym v2": TinySpec(checkpoint_format="gptq_v2", **FEWER),
+    "3-bit sym": TinySpec(bits=3, **FEWER),
+    "one group, act-order": TinySpec(group_size=-1, desc_act=True, **FEWER),
+    "odd last group, act-order": TinySpec(sym=False, desc_act=True, **ODD, **FEWER),
+    "odd last group, 3-bit": TinySpec(bits=3, sym=False, **ODD, **FEWER),
+    "mixed experts": TinySpec(dynamic=MIXED_DYNAMIC),
+    "mixed experts, asym act-order": TinySpec(dynamic=MIXED_DYNAMIC, sym=False, desc_act=True),
+    "gate plain, up packed": TinySpec(dynamic=UNPACKED_GATE, **FEWER),
+    "gate and up in other bits": TinySpec(dynamic={r"+:.*up_proj": {"bits": 8, "group_size": 16}}, sym=False, **FEWER),
+    "one expert's bits": TinySpec(dynamic={r"experts\.1\.": {}, r".*experts\.1\.": {"bits": 2}}, **FEWER),
+    "quantised head": TinySpec(lm_head="quantized", vocab_size=104, **FEWER),
+    "quantised head, odd": TinySpec(lm_head="quantized", sym=False, desc_act=True, **ODD, **FEWER),
+    "tied": TinySpec(lm_head="tied", **FEWER),
+    "mixtral, old names": TinySpec(family="mixtral", old_mixtral_names=True, transformers=4),
+    "mixtral": TinySpec(family="mixtral", sliding_window=4),
+    "transformers 4": TinySpec(transformers=4, norm_topk_prob=None),
+    "shards": TinySpec(shards=3, **FEWER),
+    "settings in config.json": TinySpec(quantization_in=("config.json",), **FEWER),
+    "settings in quantize_config.json": TinySpec(quantization_in=("quantize_config.json",), **FEWER),
+    "dense layer between": TinySpec(mlp_only_layers=(1,), num_layers=3, dtype="float32"),
+    "dense qwen3, biases": TinySpec(family="qwen3", attention_bias=True, sliding_window=4, transformers=4),
+    "float16 base": TinySpec(family="qwen3", dtype="float16", lm_head="tied", sym=False),
+    "nothing quantised": TinySpec(dynamic={"-:.*": {}}, quantization_in=(), attention_bias=True),
+}
+
+
+def assert_same_logits(folder: Path, judge: reader.Checkpoint | None = None) -> fj.Model:
+    """Load `folder` without a warning and compare its logits with the reader's."""
+    model = fj.load(folder, dtype="float32", quiet=True)
+    expected = reader.forward(judge or reader.read_checkpoint(folder), IDS).logits
+    logits = jax.jit(fj.forward, static_argnames="cfg")(model.params, IDS[None], cfg=model.cfg)
+    np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-4)
+    return model
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_logits_equal_the_independent_reading(spec: TinySpec, tmp_path: Path) -> None:
+    model = assert_same_logits(write_checkpoint(tmp_path, spec))
+    if spec.quantization_in:
+        assert model.report.version == (spec.checkpoint_format or "gptq")
+    else:
+        assert model.report.version is None
+
+
+def test_the_packed_weights_stay_packed(tmp_path: Path) -> None:
+    model = assert_same_logits(write_checkpoint(tmp_path, TinySpec(dynamic=MIXED_DYNAMIC)))
+    mixed, uniform = (fj.layer(model.params, i)["moe"]["experts"]["gate_up"] for i in (0, 1))
+    assert isinstance(mixed, MixedStack) and mixed.experts == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert isinstance(uniform, PackedLinear) and uniform.lead == (8,)
+    assert fj.layer(model.params, 0)["attn"]["q"].bits == 8
+
+
+def test_gate_and_up_packed_differently_stay_apart(tmp_path: Path) -> None:
+    model = assert_same_logits(write_checkpoint(tmp_path, TinySpec(dynamic=UNPACKED_GATE, **FEWER)))
+    experts = fj.layer(model.params, 0)["moe"]["experts"]
+    assert sorted(experts) == ["down", "gate", "up"]
+    assert isinstance(experts["up"], PackedLinear) and isinstance(experts["gate"], jax.Array)
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_symmetric_zero_points_tell_an_absent_format(version: str, tmp_path: Path) -> None:
+    number = {"gptq": 1, "gptq_v2": 2}[version]
+    folder = write_checkpoint(tmp_path, TinySpec(checkpoint_format=None, zeros_version=number, **FEWER))
+    judge = reader.read_checkpoint(folder)
+    judge.quantization["checkpoint_format"] = version
+    assert assert_same_logits(folder, judge).report.version == version
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_an_absent_g_idx_means_inputs_in_order(desc_act: bool, tmp_path: Path) -> None:
+    spec = TinySpec(sym=False, **ODD, **FEWER)
+    judge = reader.read_checkpoint(write_checkpoint(tmp_path / "whole", spec))
+
+    def without_g_idx(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".g_idx")]:
+            del tensors[name]
+
+    folder = write_checkpoint(tmp_path / "without", spec, edits=[without_g_idx])
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = desc_act
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").unlink()
+    assert_same_logits(folder, judge)
+
+
+def wide_g_idx(tensors: Tensors) -> None:
+    for name in tensors:
+        if name.endswith(".g_idx"):
+            tensors[name] = tensors[name].astype(np.int64)
+
+
+def bfloat16_exact_scales(tensors: Tensors) -> None:
+    """Scales that both float16 and float32 hold exactly, stored as float32."""
+    for name in tensors:
+        if name.endswith(".scales"):
+            tensors[name] = tensors[name].astype(np.float32)
+
+
+@pytest.mark.parametrize("edit", [wide_g_idx, bfloat16_exact_scales], ids=["int64 g_idx", "float32 scales"])
+def test_other_number_types_read_the_same(edit: Edit, tmp_path: Path) -> None:
+    spec = TinySpec(sym=False, desc_act=True, **FEWER)
+    judge = reader.read_checkpoint(write_checkpoint(tmp_path / "plain", spec))
+    assert_same_logits(write_checkpoint(tmp_path / "edited", spec, edits=[edit]), judge)
+
+
+def test_biases_that_are_zero_everywhere_are_no_biases(tmp_path: Path) -> None:
+    def biases(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".qweight")]:
+            tensors[name.replace(".qweight", ".bias")] = np.zeros(tensors[name].shape[1], np.float16)
+
+    assert_same_logits(write_checkpoint(tmp_path, TinySpec(**FEWER), edits=[biases]))
+
+
+def test_a_head_beside_tied_embeddings_is_ignored(tmp_path: Path) -> None:
+    spec = TinySpec(lm_head="tied", **FEWER)
+    judge = reader.read_checkpoint(write_checkpoint(tmp_path / "tied", spec))
+    head = damage.add("lm_head.weight", np.zeros((97, 64), np.float32))
+    assert_same_logits(write_checkpoint(tmp_path / "both", spec, edits=[head]), judge)

@@ -1,0 +1,95 @@
+"""`implementation=`: None, a name or a sequence, and what is said when none can run."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from ferrum_kernels import default_implementation, gptq_matmul, grouped_gptq_matmul, ops
+from ferrum_kernels.errors import BackendError
+
+from tests.support.close import normal
+from tests.support.gptq_cases import make_linear, make_stack
+
+X = normal(0, 5, 37)
+W, _ = make_linear(0)
+NO_KERNEL = (
+    r"this version has no GPTQ kernel for the platform 'cuda'; kernels exist for cpu, METAL and mps\. "
+    r'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU\.'
+)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the implementations that run, in order."""
+    names = []
+    for name in ops.IMPLEMENTATIONS:
+        module = getattr(ops, name)
+        original = module.gptq_matmul
+        replacement = lambda x, w, name=name, original=original: (names.append(name), original(x, w))[1]
+        monkeypatch.setattr(module, "gptq_matmul", replacement)
+    return names
+
+
+@pytest.mark.parametrize(("platform", "name"), [("cpu", "xla"), ("METAL", "apple"), ("mps", "apple")])
+def test_each_platform_has_a_best_one(platform, name):
+    assert default_implementation(platform) == name
+
+
+def test_a_platform_without_a_kernel_is_told_what_to_do(monkeypatch):
+    with pytest.raises(BackendError, match=NO_KERNEL):
+        default_implementation("cuda")
+    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")
+    with pytest.raises(BackendError, match=NO_KERNEL):
+        gptq_matmul(X, W)
+    with pytest.raises(BackendError, match=NO_KERNEL):
+        grouped_gptq_matmul(X, make_stack(0, 2)[0], np.array([2, 3], np.int32))
+
+
+def test_none_takes_the_platform_s_best(ran):
+    gptq_matmul(X, W)
+    assert ran == ["xla"]
+
+
+@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+def test_a_name_runs_that_one(ran, name):
+    gptq_matmul(X, W, implementation=name)
+    assert ran == [name]
+
+
+def test_a_sequence_runs_the_first_that_applies(ran, monkeypatch):
+    gptq_matmul(X, W, implementation=("reference", "xla"))
+    assert ran == ["reference"]
+
+    def refuse(x, w):
+        raise BackendError("not here.")
+
+    monkeypatch.setattr(ops.reference, "gptq_matmul", refuse)
+    gptq_matmul(X, W, implementation=["reference", "apple"])
+    assert ran == ["reference", "apple"]
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    message = r"implementation='triton' is unknown; accepted are None, \('xla', 'apple', 'reference'\)\."
+    with pytest.raises(BackendError, match=message):
+        gptq_matmul(X, W, implementation="triton")
+    with pytest.raises(BackendError, match=message):
+        grouped_gptq_matmul(X, make_stack(0, 2)[0], np.array([2, 3], np.int32), implementation="triton")
+
+
+def test_an_empty_sequence_is_refused():
+    message = r"implementation is an empty sequence; name at least one of \('xla', 'apple', 'reference'\)\."
+    with pytest.raises(BackendError, match=message):
+        gptq_matmul(X, W, implementation=())
+
+
+def test_a_sequence_that_fails_as_a_whole_says_why_for_each():
+    with pytest.raises(ExceptionGroup, match="all implementations failed") as caught:
+        gptq_matmul(X, W, implementation=("triton", "hopper"))
+    assert [type(error) for error in caught.value.exceptions] == [BackendError] * 2
+    assert ["'triton'" in str(caught.value.exceptions[0]), "'hopper'" in str(caught.value.exceptions[1])] == [True] * 2
+
+
+def test_a_wrong_shape_is_not_blamed_on_the_implementation():
+    with pytest.raises(ValueError, match=r"its last axis must be the weight's K=37"):
+        gptq_matmul(X[:, :3], W, implementation=("xla", "apple"))
