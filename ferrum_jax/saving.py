@@ -82,7 +82,7 @@ def save_params(path: str | Path, cfg: ModelConfig, params: dict[str, Any]) -> P
             os.rename(folder, path)
     except OSError as problem:
         raise CheckpointError(
-            f"{path} cannot be written ({problem.strerror}); choose a folder on a disk that is writable and has "
+            f"{path} cannot be written ({problem.strerror or problem}); choose a folder on a disk that is writable and has "
             f"{num_bytes(params) / 2**30:.2f} GiB free."
         ) from problem
     return path
@@ -124,7 +124,7 @@ def load_params(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         )
     try:
         cfg = _config(description["config"])
-        target = _restore_structure(description["params"])
+        target = _abstract(description["params"])
         files = dict(description["files"])
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         raise CheckpointError(f"{file} is damaged ({problem!r}); copy the folder again, or save again.") from problem
@@ -132,14 +132,15 @@ def load_params(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     check_memory(num_bytes(target), str(path))
     device = jnp.zeros(0).sharding
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target)
+    checkpointer = _checkpointer()
     try:
-        with _checkpointer() as checkpointer:
+        with checkpointer:
             return cfg, checkpointer.restore(path / ARRAYS, target)
     except Exception as problem:  # orbax raises many kinds, Exception itself among them
         raise CheckpointError(
             f"{path} is whole, but orbax-checkpoint {installed('orbax-checkpoint')} cannot read it "
-            f"({str(problem).splitlines()[0] if str(problem) else problem!r}); it was written by orbax-checkpoint "
-            f"{description.get('orbax')}: install that version."
+            f"({str(problem).partition(chr(10))[0]}); it was written by orbax-checkpoint {description.get('orbax')}: "
+            f"install that version."
         ) from problem
 
 
@@ -176,7 +177,7 @@ def _describe(node: Any, where: str) -> Any:
     )
 
 
-def _restore_structure(value: Any) -> Any:
+def _abstract(value: Any) -> Any:
     """The abstract tree that _describe has described."""
     if value is None:
         return None
@@ -184,12 +185,12 @@ def _restore_structure(value: Any) -> Any:
         dtype, shape = value.removesuffix("]").split("[")
         return jax.ShapeDtypeStruct(tuple(map(int, shape.split(","))) if shape else (), jnp.dtype(dtype))
     if isinstance(value, list):
-        return tuple(_restore_structure(child) for child in value)
+        return tuple(_abstract(child) for child in value)
     if len(value) == 1 and (name := next(iter(value))) in _KINDS:
         kind, values = _KINDS[name], value[name]
-        arrays = {field: _restore_structure(values[field]) for field in _NODES[kind]}
+        arrays = {field: _abstract(values[field]) for field in _NODES[kind]}
         return kind(**{**_tuples(values), **arrays})
-    return {key: _restore_structure(child) for key, child in value.items()}
+    return {key: _abstract(child) for key, child in value.items()}
 
 
 def _config(value: dict[str, Any]) -> ModelConfig:
