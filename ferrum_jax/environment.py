@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def enable_compile_cache() -> Path | None:
     (JAX_COMPILATION_CACHE_DIR) wins.
 
     Returns:
-      The folder in use, or None.
+      The folder in use, or None when it is off or, with a warning, when the folder is not safe to use.
     """
     import jax
 
@@ -102,11 +103,19 @@ def enable_compile_cache() -> Path | None:
         return None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return None
+    except OSError as error:
+        return _no_cache(f"{folder} cannot be made ({error.strerror})")
     # Programs loaded from a folder that others can write to would run whatever they put there.
     if folder.stat().st_mode & 0o002:
-        return None
+        return _no_cache(f"{folder} can be written by everyone")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
+
+
+def _no_cache(why: str) -> None:
+    warnings.warn(
+        f"{why}, so compiled programs are not kept and every start compiles again. Set {COMPILE_CACHE} to a folder "
+        f"of your own, or to off.",
+        stacklevel=3,
+    )

@@ -27,8 +27,8 @@ def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float)
 
     Source: arXiv 1910.07467.
 
-    >>> rms_norm(jnp.array([[3.0, 4.0]]), jnp.ones(2), 0.0).round(3).tolist()
-    [[0.8489999771118164, 1.1319999694824219]]
+    >>> rms_norm(jnp.array([[3.0, -3.0]]), jnp.array([1.0, 2.0]), eps=0.0).tolist()
+    [[1.0, -2.0]]
     """
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)

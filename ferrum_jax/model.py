@@ -96,8 +96,8 @@ def prefill(
       cfg: frozen configuration.
 
     Returns:
-      (logits float32 [B, V] after each row's last real token, cache). A row that would exceed the cache's capacity
-      gives NaN when traced.
+      (logits float32 [B, V] after each row's last real token, cache). A row whose length exceeds T or the cache's
+      capacity gives NaN when traced.
 
     Raises:
       RequestError: a concrete token id is outside the vocabulary.
@@ -166,6 +166,8 @@ def _extend(
             for buffer, new in zip(state, (k, v), strict=True)
         )
         k, v = (lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False).astype(q.dtype) for buffer in (keys, values))
+        # An unseen value weighs zero, and zero times a NaN that a slot once held would still be NaN.
+        v = jnp.where((slots < total[:, None])[..., None, None], v, 0)
         return attention(q, k, v, _visible(positions, slots, window)), (keys, values)
 
     x = _embed(params, tokens, cfg)
@@ -173,7 +175,8 @@ def _extend(
     x, (k, v), _ = _run_layers(params, x, positions, total, mask, cfg, attend, (cache.k, cache.v), False)
     last = jnp.clip(lengths - 1, 0)[:, None, None]
     y = rms_norm(jnp.take_along_axis(x, last, axis=1)[:, 0], params["norm"], cfg.rms_norm_eps)
-    logits = jnp.where((total <= cache.capacity)[:, None], _logits(params, y, cfg), jnp.nan)
+    possible = (lengths >= 0) & (lengths <= length) & (total <= cache.capacity)
+    logits = jnp.where(possible[:, None], _logits(params, y, cfg), jnp.nan)
     return logits, KVCache(k=k, v=v, lengths=total)
 
 
@@ -258,7 +261,9 @@ def _visible(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Arra
 
 
 def _embed(params: Params, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
-    return params["embed"].at[tokens].get(mode="fill", fill_value=jnp.nan).astype(cfg.dtype)
+    # A negative index would count from the end; it is as unknown as one past it.
+    ids = jnp.where(tokens < 0, cfg.vocab_size, tokens.astype(jnp.int32))
+    return params["embed"].at[ids].get(mode="fill", fill_value=jnp.nan).astype(cfg.dtype)
 
 
 def _logits(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -279,7 +284,8 @@ def _check_tokens(tokens: jax.Array, ndim: int, cfg: ModelConfig) -> None:
         raise ShapeError(f"tokens are {tokens.dtype}{list(tokens.shape)}; expected int32{shape}.")
     if is_traced(tokens) or tokens.size == 0:
         return
-    low, high = int(tokens.min()), int(tokens.max())
+    host = np.asarray(tokens)  # not jnp: inside jit it would trace, also over a concrete array
+    low, high = int(host.min()), int(host.max())
     if low < 0 or high >= cfg.vocab_size:
         raise RequestError(f"token ids span {low} to {high}; this model's vocabulary is 0 to {cfg.vocab_size - 1}.")
 

@@ -43,7 +43,8 @@ def route(logits: Float[Array, "*lead E"], top_k: int, norm_topk_prob: bool = Fa
       norm_topk_prob: rescale the K weights to sum to one.
 
     Returns:
-      Routing. A logit that is not finite makes the token's weights NaN, so that it cannot pass unnoticed.
+      Routing. A logit of NaN or +inf makes the token's weights NaN, so that it cannot pass unnoticed; -inf rules its
+      expert out.
 
     Raises:
       ShapeError: top_k is not in 1 .. E.

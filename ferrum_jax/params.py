@@ -18,6 +18,7 @@ MixedStack where the experts of a layer differ. Gate and up are one leaf where t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -121,12 +122,13 @@ def set_layer(params: dict[str, Any], index: int, new: dict[str, Any]) -> dict[s
 
 
 def assemble(plan: Plan, top: Callable[[str], Any], layer_of: Callable[[int, int], Any]) -> dict[str, Any]:
-    """Build the parameters on the device, one layer on the host at a time.
+    """Build the parameters on the device, one leaf of one layer on the host at a time.
 
     Args:
       plan: what to build.
       top: name -> host leaf, for "embed", "norm" and "lm_head".
-      layer_of: (run, offset) -> host tree of one layer, with the structure of the run's tree.
+      layer_of: (run, offset) -> one layer with the structure of the run's tree, but functions that read the host
+        leaves (or subtrees) in their place.
 
     Returns:
       The parameters; each stack is allocated once and filled in place.
@@ -136,7 +138,7 @@ def assemble(plan: Plan, top: Callable[[str], Any], layer_of: Callable[[int, int
     for i, run in enumerate(plan.runs):
         stacks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), run.tree)
         for offset in range(len(run.sources)):
-            stacks = _fill(stacks, layer_of(i, offset), np.int32(offset))
+            stacks = jax.tree.map(partial(_fill, offset), layer_of(i, offset), stacks)
         runs.append(stacks)
     params["layers"] = tuple(runs)
     return params
@@ -147,9 +149,9 @@ _put = jax.jit(
 )
 
 
-def _fill(stacks: Any, layer: Any, offset: np.int32) -> Any:
-    filled = jax.tree.map(lambda stack, value: _put(stack, value, offset), stacks, layer)
-    # Wait, so that the host copy of one layer is gone before the next one is read.
+def _fill(offset: int, read: Callable[[], Any], stacks: Any) -> Any:
+    filled = jax.tree.map(lambda stack, value: _put(stack, value, np.int32(offset)), stacks, read())
+    # Wait, so that the host copy of this leaf is gone before the next one is read.
     return jax.block_until_ready(filled)
 
 
@@ -189,10 +191,12 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
         parent = node if isinstance(node, PackedLinear) else None
         return jax.tree.map(lambda a: leaf(path, a.shape[lead:], a.dtype, parent), node)
 
-    def fill_tree(tree: Any, lead: int) -> Any:
+    def readers(tree: Any, lead: int) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, node: fill(path, node, lead), tree, is_leaf=lambda node: isinstance(node, PackedLinear)
+            lambda path, node: partial(fill, path, node, lead),
+            tree,
+            is_leaf=lambda node: isinstance(node, PackedLinear),
         )
 
-    tops = fill_tree(plan.top, 0)
-    return assemble(plan, tops.__getitem__, lambda run, _: fill_tree(plan.runs[run].tree, 1))
+    tops = readers(plan.top, 0)
+    return assemble(plan, lambda name: tops[name](), lambda run, _: readers(plan.runs[run].tree, 1))

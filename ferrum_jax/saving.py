@@ -144,12 +144,17 @@ def load_params(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         ) from problem
 
 
+def orbax_fits() -> bool:
+    """Whether the installed orbax works with the installed JAX: 0.11.24 and later call what jax 0.5.0 lacks."""
+    version = tuple(map(int, re.findall(r"\d+", installed("orbax-checkpoint") or "")[:3]))
+    return version < (0, 11, 24) or hasattr(jax.monitoring, "record_scalar")
+
+
 def _checkpointer() -> Any:
-    orbax = installed("orbax-checkpoint") or "0"
-    if not hasattr(jax.monitoring, "record_scalar") and tuple(map(int, re.findall(r"\d+", orbax)[:3])) >= (0, 11, 24):
+    if not orbax_fits():
         raise BackendError(
-            f"orbax-checkpoint {orbax} does not work with jax {jax.__version__}, although its requirements say so; "
-            f'install "orbax-checkpoint<0.11.24" or a newer jax.'
+            f"orbax-checkpoint {installed('orbax-checkpoint')} does not work with jax {jax.__version__}, although it "
+            f'says so; install "orbax-checkpoint<0.11.24" or a newer jax.'
         )
     import orbax.checkpoint as ocp  # slow, and needed by nothing else
 

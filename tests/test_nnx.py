@@ -17,7 +17,10 @@ from flax import nnx
 from tests.support.checkpoint_writer import MIXED_DYNAMIC, TinySpec, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
-TOKENS = jnp.array([[5, 6, 7, 8], [9, 10, 11, 12]], jnp.int32)
+TOKENS = jnp.array([[5, 6, 7, 8, 3], [9, 10, 7, 0, 0]], jnp.int32)
+
+forward = jax.jit(fj.forward, static_argnums=2)
+call = nnx.jit(lambda lm, tokens: lm(tokens))
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +62,20 @@ def test_params_are_the_plain_pytree_uncopied(model: fj.Model) -> None:
 
 
 def test_call_is_forward(model: fj.Model) -> None:
-    logits = nnx.jit(lambda lm: lm(TOKENS))(CausalLM.from_model(model))
-    expected = jax.jit(fj.forward, static_argnums=2)(model.params, TOKENS, model.cfg)
-    np.testing.assert_array_equal(logits, expected)
+    logits = call(CausalLM.from_model(model), TOKENS)
+    np.testing.assert_array_equal(logits, forward(model.params, TOKENS, model.cfg))
 
 
-def test_prefill_and_decode_keep_a_cache(model: fj.Model) -> None:
-    lm = CausalLM.from_model(model)
+def test_prefill_and_decode_keep_a_cache(mixed: fj.Model) -> None:
+    lm = CausalLM.from_model(mixed)
     cache = fj.init_cache(lm.cfg, batch=2, length=16)
     lengths = jnp.array([4, 2], jnp.int32)
-    _, cache = nnx.jit(lambda lm, *read: lm.prefill(*read))(lm, TOKENS, lengths, cache)
+    _, cache = nnx.jit(lambda lm, *read: lm.prefill(*read))(lm, TOKENS[:, :4], lengths, cache)
     logits, cache = nnx.jit(lambda lm, *read: lm.decode(*read))(lm, jnp.array([3, 7], jnp.int32), cache)
     assert cache.lengths.tolist() == [5, 3]
-    rows = ([5, 6, 7, 8, 3], [9, 10, 7])
-    for row, tokens in zip(logits, rows, strict=True):
-        expected = fj.forward(model.params, jnp.array([tokens], jnp.int32), model.cfg)[0, -1]
-        np.testing.assert_allclose(row, expected, atol=1e-4 if model.cfg.dtype == "float32" else 0.15)
+    # The same rows without a cache: what stands after a row's last token does not reach back.
+    expected = forward(mixed.params, TOKENS, mixed.cfg)
+    np.testing.assert_allclose(logits, jnp.stack([expected[0, 4], expected[1, 2]]), atol=0.15)
 
 
 def test_split_and_merge_lose_nothing(model: fj.Model) -> None:
@@ -101,10 +102,9 @@ def test_packed_arrays_are_no_params(mixed: fj.Model) -> None:
 
 def test_edited_leaf_changes_the_logits(demo: fj.Model) -> None:
     lm = CausalLM.from_model(demo)
-    run = nnx.jit(lambda lm: lm(TOKENS))
-    before = run(lm)
+    before = call(lm, TOKENS)
     edit(lm.layers[0]["moe"]["router"], lambda router: router.at[3].set(0.0))
-    assert not np.array_equal(run(lm), before)
+    assert not np.array_equal(call(lm, TOKENS), before)
     assert not fj.layer(lm.params, 3)["moe"]["router"].any()
     assert fj.layer(demo.params, 3)["moe"]["router"].any(), "the model it came from must not change"
 
@@ -119,9 +119,9 @@ def test_update_restores_a_state(demo: fj.Model) -> None:
 
 def test_gradient_reaches_the_params_and_only_them(demo: fj.Model) -> None:
     def loss(lm: CausalLM) -> jax.Array:
-        return -jax.nn.log_softmax(lm(TOKENS[:, :-1]))[..., 8].mean()
+        return -jax.nn.log_softmax(lm(TOKENS))[..., 8].mean()
 
-    grads = dict(nnx.to_flat_state(nnx.grad(loss)(CausalLM.from_model(demo))))
+    grads = dict(nnx.to_flat_state(nnx.jit(nnx.grad(loss))(CausalLM.from_model(demo))))
     assert grads.keys() == dict(nnx.to_flat_state(nnx.state(CausalLM.from_model(demo), nnx.Param))).keys()
     for path, leaf in grads.items():
         values = np.asarray(jax.tree.leaves(leaf)[0])
@@ -135,13 +135,8 @@ def test_abstract_module_needs_no_memory(demo: fj.Model) -> None:
     assert_same(nnx.merge(nnx.graphdef(lm), state).params, demo.params)
 
 
-def test_core_works_without_flax(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['flax'] = sys.modules['orbax'] = None\n"
-        "import jax.numpy as jnp, ferrum_jax as fj\n"
-        "model = fj.load('demo', quiet=True)\n"
-        "print(fj.forward(model.params, jnp.array([[1, 2]]), model.cfg).shape)"
-    )
+def test_core_imports_neither_flax_nor_orbax(tmp_path: Path) -> None:
+    code = "import ferrum_jax.generation, ferrum_jax.saving, sys; print({'flax', 'orbax'} & sys.modules.keys())"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "(1, 2, 4096)", done.stderr
+    assert done.stdout.strip() == "set()", done.stderr

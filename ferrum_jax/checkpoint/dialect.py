@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ferrum_jax.checkpoint.files import CheckpointFiles, TensorReader
-from ferrum_jax.config import ModelConfig
+from ferrum_jax.config import ModelConfig, QuantConfig
 from ferrum_jax.errors import CheckpointError, ShapeError
 from ferrum_jax.plan import Format
 from ferrum_jax.sources import Experts, Linear, Vector, layer_sources, other_names, top_sources
@@ -23,6 +23,8 @@ from ferrum_kernels.bits import SUPPORTED_BITS, unpack, words_for
 from ferrum_kernels.gptq_format import input_order
 
 FLOATS = ("F32", "F16", "BF16")
+FLOAT16_MAX = 65504.0
+POWERS_OF_TWO = tuple(2**i for i in range(3, 16))  # what quantising tools offer as group sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +80,10 @@ def read_dialect(
         module: dataclasses.replace(found, sym=scan.constant[module] == version)
         for module, found in scan.formats.items()
     }
-    if cfg.quant is not None:
-        for module, found in formats.items():
-            declared = cfg.quant.for_module(module)
-            if declared is not None and declared.sym and not found.sym:
-                scan.warn("zero points are not symmetric although the metadata says sym=true", module)
+    for module, found in formats.items():
+        declared = scan.declared(module)
+        if declared is not None and declared.sym and not found.sym:
+            scan.warn("zero points are not symmetric although the metadata says sym=true", module)
     return Dialect(version, formats, scan.names, tuple(scan.sentences()))
 
 
@@ -134,13 +135,21 @@ class _Scan:
         self.progress(self.files.tensors[stored].nbytes)
         return self.reader[stored]
 
+    def declared(self, module: str) -> QuantConfig | None:
+        """What the metadata says of a module; routers are never quantised."""
+        quant = self.cfg.quant
+        return None if quant is None or module.endswith(".mlp.gate") else quant.for_module(module)
+
+    def missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.files.folder} holds no tensor {name!r}, which a {self.cfg.model_type} of these sizes needs. "
+            f"The checkpoint is incomplete or its config.json belongs to another model; download it again."
+        )
+
     def expect(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> str:
         stored = self.find(name)
         if stored is None:
-            raise CheckpointError(
-                f"{self.files.folder} holds no tensor {name!r}, which a {self.cfg.model_type} of these sizes needs. "
-                f"The checkpoint is incomplete or its config.json belongs to another model; download it again."
-            )
+            raise self.missing(name)
         info = self.files.tensors[stored]
         if info.dtype not in dtypes or info.shape != shape:
             raise CheckpointError(
@@ -149,7 +158,7 @@ class _Scan:
             )
         return stored
 
-    def finite(self, stored: str) -> None:
+    def finite(self, stored: str) -> np.ndarray:
         values = self.read(stored)
         if not np.isfinite(values).all():
             bad = int((~np.isfinite(values)).sum())
@@ -157,10 +166,29 @@ class _Scan:
                 f"{stored!r} holds {bad} values that are NaN or infinite, so every text it writes would be broken. "
                 f"Download the checkpoint again or ask its publisher."
             )
+        return values
+
+    def weights(self, stored: str) -> None:
+        values = self.finite(stored)
+        if self.cfg.dtype == "float16" and np.abs(values).max() > FLOAT16_MAX:
+            raise CheckpointError(
+                f"{stored!r} holds values beyond {FLOAT16_MAX:.0f}, the largest that float16 can hold. "
+                f"Load it with dtype='bfloat16' or 'float32'."
+            )
+
+    def scales(self, stored: str) -> None:
+        values = self.finite(stored)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values.astype(np.float32)):
+            raise CheckpointError(
+                f"{stored!r} is stored as {values.dtype} with values that float16 cannot hold exactly; GPTQ tools "
+                f"write float16 scales. Quantise again, or convert the scales knowingly."
+            )
 
     def visit(self, source: Vector | Linear) -> None:
         if isinstance(source, Vector):
-            self.finite(self.expect(source.name, FLOATS, source.shape))
+            self.weights(self.expect(source.name, FLOATS, source.shape))
             return
         (module,), (n,) = source.modules, source.n
         packed, plain = self.find(f"{module}.qweight"), self.find(f"{module}.weight")
@@ -169,22 +197,25 @@ class _Scan:
                 f"{self.files.folder} holds both {packed!r} and {plain!r}: one linear layer, twice. "
                 f"Remove the one that does not belong."
             )
-        declared = None if self.cfg.quant is None else self.cfg.quant.for_module(module)
+        declared = self.declared(module)
         if packed:
-            self.visit_packed(module, source.k, n)
-        else:
-            self.finite(self.expect(f"{module}.weight", FLOATS, (n, source.k)))
-            if declared is not None and not module.endswith(".mlp.gate"):
+            self.visit_packed(module, source.k, n, declared)
+        elif plain:
+            self.weights(self.expect(f"{module}.weight", FLOATS, (n, source.k)))
+            if declared is not None:
                 self.warn("the metadata says quantised, the files hold plain weights", module)
+        else:
+            raise self.missing(f"{module}.weight" if declared is None else f"{module}.qweight")
 
-    def visit_packed(self, module: str, k: int, n: int) -> None:
-        scales = self.find(f"{module}.scales")
-        rows = self.files.tensors[self.names[f"{module}.qweight"]].shape[0]
-        declared = None if self.cfg.quant is None else self.cfg.quant.for_module(module)
+    def visit_packed(self, module: str, k: int, n: int, declared: QuantConfig | None) -> None:
+        for part in ("qzeros", "scales"):
+            if self.find(f"{module}.{part}") is None:
+                raise self.missing(f"{module}.{part}")
+        rows = (*self.files.tensors[self.names[f"{module}.qweight"]].shape, 0)[0]
         bits = self.bits_of(module, k, n, rows, None if declared is None else declared.bits)
         self.expect(f"{module}.qweight", ("I32",), (words_for(k, bits), n))
-        groups = 0 if scales is None else (*self.files.tensors[scales].shape, 0)[0]
-        self.finite(self.expect(f"{module}.scales", FLOATS, (groups, n)))
+        groups = (*self.files.tensors[self.names[f"{module}.scales"]].shape, 0)[0]
+        self.scales(self.expect(f"{module}.scales", FLOATS, (groups, n)))
         zeros = self.read(self.expect(f"{module}.qzeros", ("I32",), (groups, words_for(n, bits))))
         g_idx = None
         if self.find(f"{module}.g_idx"):
@@ -207,7 +238,7 @@ class _Scan:
         self.constant[module] = _constant(zeros.view(np.uint32), bits, n)
 
     def bits_of(self, module: str, k: int, n: int, rows: int, declared: int | None) -> int:
-        columns = self.files.tensors[self.find(f"{module}.qzeros") or self.names[f"{module}.qweight"]].shape[-1]
+        columns = (0, *self.files.tensors[self.names[f"{module}.qzeros"]].shape)[-1]
         fit = [b for b in SUPPORTED_BITS if words_for(k, b) == rows and words_for(n, b) == columns]
         if declared in fit:
             return declared
@@ -229,11 +260,14 @@ class _Scan:
             return k
         if g_idx is not None and groups and (size := int((g_idx == 0).sum())) and -(-k // size) == groups:
             return size
-        if groups and k % groups == 0:
-            return k // groups
+        fit = {size for size in (k // max(groups, 1), *POWERS_OF_TWO) if size and -(-k // size) == groups}
+        if len(fit) == 1:
+            return fit.pop()
+        found = f"{module}.scales has {groups} rows for {k} inputs"
+        if not fit:
+            raise CheckpointError(f"{found}; no group size gives that. Download the checkpoint again.")
         raise CheckpointError(
-            f"{module}.scales has {groups} rows for {k} inputs; no group size gives that. "
-            f"Say group_size in quantize_config.json, or download the checkpoint again."
+            f"{found}; group_size could be any of {sorted(fit)}. Say which in quantize_config.json (group_size)."
         )
 
     def leftovers(self) -> None:
@@ -280,7 +314,13 @@ def _version(scan: _Scan, cfg: ModelConfig, chosen: str | None) -> str | None:
         )
     if found:
         (version, module), *_ = found.items()
-        if declared is not None and declared != version:
+        if declared not in (None, version):
+            varying = next((name for name, constant in scan.constant.items() if constant is None), None)
+            if varying is not None:
+                raise CheckpointError(
+                    f"the zero points of {module} look like {version}, the metadata says {declared}, and those of "
+                    f"{varying} fit both. Say which with checkpoint_format='gptq' or 'gptq_v2'."
+                )
             scan.warn(f"zero points are stored as {version}, the metadata says {declared}", module)
         return version
     if declared is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ferrum_jax.checkpoint.hub import resolve
 from ferrum_jax.checkpoint.json_files import read_json
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.environment import check_memory, check_platform, enable_compile_cache
-from ferrum_jax.errors import CheckpointError, ConfigError, ShapeError
+from ferrum_jax.errors import BackendError, CheckpointError, ConfigError, ShapeError
 from ferrum_jax.kernels import GptqTensors, MixedStack, PackedLinear, from_gptq
 from ferrum_jax.params import assemble, num_bytes
 from ferrum_jax.plan import Plan, make_plan
@@ -26,6 +27,7 @@ from ferrum_jax.progress import Progress
 from ferrum_jax.sources import Experts, Linear, Vector
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_kernels.bits import pack, unpack
+from ferrum_kernels.ops import IMPLEMENTATIONS
 
 
 class CheckpointWarning(UserWarning):
@@ -99,7 +101,7 @@ def load(
       CheckpointError: a file is missing, damaged, contradictory or unsupported.
       ConfigError: the configuration is not one this package runs.
       CapacityError: the parameters do not fit the device's memory.
-      BackendError: JAX and its Apple plugin do not fit together.
+      BackendError: JAX and its Apple plugin do not fit together, or the implementation is unknown.
 
     >>> import ferrum_jax as fj
     >>> model = fj.load("demo")
@@ -109,6 +111,8 @@ def load(
     began = time.perf_counter()
     if checkpoint_format not in (None, "gptq", "gptq_v2"):
         raise ConfigError(f"checkpoint_format={checkpoint_format!r} is unknown; accepted are 'gptq' and 'gptq_v2'.")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise BackendError(f"implementation={implementation!r} is unknown; accepted are None, {IMPLEMENTATIONS}.")
     folder = resolve(model, revision=revision, offline=offline, quiet=quiet)
     cfg = read_config(folder)
     check_platform()
@@ -177,7 +181,7 @@ def read_params(
             return read.leaf(plan.top_sources[name], plan.top[name], lead=0)
 
         def layer_of(run: int, offset: int) -> Any:
-            return read.tree(plan.runs[run].sources[offset], plan.runs[run].tree)
+            return read.readers(plan.runs[run].sources[offset], plan.runs[run].tree)
 
         return assemble(plan, top, layer_of)
 
@@ -190,10 +194,11 @@ class _LeafReader:
     dtype: np.dtype
     progress: Progress
 
-    def tree(self, source: Any, leaf: Any) -> Any:
+    def readers(self, source: Any, leaf: Any) -> Any:
+        """One layer, with functions that read its leaves in their place."""
         if isinstance(source, dict):
-            return {key: self.tree(child, leaf[key]) for key, child in source.items()}
-        return self.leaf(source, leaf, lead=1)
+            return {key: self.readers(child, leaf[key]) for key, child in source.items()}
+        return partial(self.leaf, source, leaf, lead=1)
 
     def leaf(self, source: Any, leaf: Any, lead: int) -> Any:
         if isinstance(source, Vector):
@@ -237,7 +242,7 @@ class _LeafReader:
     def packed(self, module: str, leaf: PackedLinear) -> PackedLinear:
         names = {field: f"{module}.{field}" for field in ("qweight", "qzeros", "scales", "g_idx")}
         g_idx = self.read(names["g_idx"]) if names["g_idx"] in self.dialect.names else None
-        scales = _exact_float16(self.read(names["scales"]), names["scales"])
+        scales = self.read(names["scales"]).astype(np.float16, copy=False)
         tensors = GptqTensors(self.read(names["qweight"]), self.read(names["qzeros"]), scales, g_idx)
         try:
             return from_gptq(
@@ -259,16 +264,3 @@ class _LeafReader:
         stored = self.dialect.names[name]
         self.progress.advance(self.files.tensors[stored].nbytes)
         return self.reader[stored]
-
-
-def _exact_float16(scales: np.ndarray, name: str) -> np.ndarray:
-    if scales.dtype == np.float16:
-        return scales
-    with np.errstate(over="ignore"):
-        half = scales.astype(np.float16)
-    if not np.array_equal(half.astype(np.float32), scales.astype(np.float32)):
-        raise CheckpointError(
-            f"{name} is stored as {scales.dtype} with values that float16 cannot hold exactly; GPTQ tools write "
-            f"float16 scales. Quantise again, or convert the scales knowingly."
-        )
-    return half

@@ -6,11 +6,14 @@ Exit codes: 0 done, 1 a problem in the model or the request, 2 wrong usage, 3 an
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ferrum_jax.errors import FerrumError
 
@@ -18,7 +21,29 @@ if TYPE_CHECKING:
     from ferrum_jax.cli.options import Common
 
 OK, PROBLEM, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
-DESCRIPTION = "Run GPTQ mixture-of-experts language models with JAX. MODEL is demo, a folder, or a Hugging Face id."
+COMMANDS = {  # name: (class, what it does); its module has the same name
+    "run": ("Run", "write text, or talk with a model on a terminal"),
+    "inspect": ("Inspect", "say what a checkpoint is, what memory it needs and what is wrong with it"),
+    "perplexity": ("Perplexity", "measure how well a model predicts a text"),
+    "bench": ("Bench", "measure speed, compile times and memory"),
+    "doctor": ("Doctor", "check whether this environment can run a model"),
+}
+HELP = """\
+usage: ferrum-jax COMMAND ...
+
+Run GPTQ mixture-of-experts language models with JAX.
+
+commands:
+{commands}
+
+  ferrum-jax COMMAND --help says more; ferrum-jax --version gives the version.
+  MODEL is demo (it ships with the package), a folder, or a Hugging Face id such as OWNER/NAME.
+
+    ferrum-jax run demo "Once upon a time"
+
+exit codes: 0 done, 1 a problem in the model or the request, 2 wrong usage, 3 an environment that cannot run a model,
+130 interrupted
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     ferrum-jax ...
     0
     """
+    code = _run(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _leave(code)
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     debug = os.environ.get("FERRUM_JAX_DEBUG", "") not in ("", "0")
     try:
         try:
-            command = parse(sys.argv[1:] if argv is None else argv)
+            command = parse(arguments)
             debug = debug or command.debug
             code = command.execute()
         except SystemExit as leaving:  # help, version and usage errors
@@ -47,12 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has seen enough. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
         return OK
     except Exception as error:
         return _report(error, debug)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without Python's teardown: after Ctrl-C, XLA may still compile in a thread, and would crash."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def parse(arguments: Sequence[str]) -> Common:
@@ -64,26 +102,32 @@ def parse(arguments: Sequence[str]) -> Common:
     Raises:
       SystemExit: help or the version was asked for (0), or the arguments are wrong (2).
     """
-    if list(arguments) == ["--version"]:
+    name, *rest = arguments or ("",)
+    if name == "--version":
         from ferrum_jax import __version__
 
         print(f"ferrum-jax {__version__}")
         raise SystemExit(OK)
+    if name in ("-h", "--help", "help"):
+        print(_help(), end="")
+        raise SystemExit(OK)
+    if name not in COMMANDS:
+        print(_help() if not name else _unknown(name), end="", file=sys.stderr)
+        raise SystemExit(USAGE)
     import tyro
 
-    from ferrum_jax.cli.bench import Bench
-    from ferrum_jax.cli.doctor import Doctor
-    from ferrum_jax.cli.inspect import Inspect
-    from ferrum_jax.cli.perplexity import Perplexity
-    from ferrum_jax.cli.run import Run
+    command = getattr(importlib.import_module(f"ferrum_jax.cli.{name}"), COMMANDS[name][0])
+    return tyro.cli(command, prog=f"ferrum-jax {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
 
-    return tyro.extras.subcommand_cli_from_dict(
-        {"run": Run, "inspect": Inspect, "perplexity": Perplexity, "bench": Bench, "doctor": Doctor},
-        prog="ferrum-jax",
-        description=DESCRIPTION,
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+
+def _help() -> str:
+    return HELP.format(commands="\n".join(f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items()))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "ferrum-jax --help lists what there is."
+    return f"error: {name!r} is no command; commands are {', '.join(COMMANDS)}; {hint}\n"
 
 
 def _report(error: Exception, debug: bool) -> int:
@@ -104,6 +148,9 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, FerrumError):
         say_error(str(error))
         return ENVIRONMENT if isinstance(error, CannotStart) else PROBLEM
+    if isinstance(error, OSError):
+        say_error(f"{error.filename or 'reading or writing'}: {error.strerror or error}. Check the disk and permissions.")
+        return PROBLEM
     say_error(
         f"this should not happen: {type(error).__name__}: {' '.join(str(error).split())}. "
         f"Run again with --debug and report what it prints."

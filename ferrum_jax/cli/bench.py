@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import statistics
 import sys
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from ferrum_jax import __version__
 from ferrum_jax.cli.options import NO_DEFAULT, Loading, UsageError, load_model, start_jax
 from ferrum_jax.cli.output import Status, emit, size, table
+from ferrum_jax.environment import installed
 from ferrum_jax.errors import BackendError, CapacityError
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ class Bench(Loading):
       json: print a JSON object.
     """
 
-    model: Positional[Annotated[str | None, arg(metavar="MODEL", help_behavior_hint=NO_DEFAULT)]] = None
+    model: Positional[Annotated[str | None, arg(metavar="[MODEL]", help_behavior_hint=NO_DEFAULT)]] = None
     synthetic: Annotated[str | None, arg(metavar="TOML", help_behavior_hint=NO_DEFAULT)] = None
     layers: Annotated[int | None, arg(metavar="N", help_behavior_hint=NO_DEFAULT)] = None
     prompt_tokens: Annotated[int, arg(metavar="N")] = 128
@@ -74,7 +77,7 @@ class Bench(Loading):
         if self.layers is not None and self.synthetic is None:
             raise UsageError("--layers goes with --synthetic; a checkpoint has the layers it has.")
         if self.new_tokens < 2:
-            raise UsageError(f"--new-tokens is {self.new_tokens}; give at least 2: the decode rate starts at the second.")
+            raise UsageError(f"--new-tokens is {self.new_tokens}; give at least 2, as decode starts at the second.")
         for name in ("prompt_tokens", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1.")
@@ -223,16 +226,9 @@ def _device() -> dict[str, Any]:
     return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
 
 
-def _versions() -> dict[str, str]:
-    import platform
-
-    import jax
-    import jaxlib
-
-    from ferrum_jax import __version__
-
-    versions = {"ferrum_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    return {**versions, "python": platform.python_version()}
+def _versions() -> dict[str, str | None]:
+    packages = {name: installed(name) for name in ("jax", "jaxlib")}
+    return {"ferrum_jax": __version__, **packages, "python": platform.python_version()}
 
 
 def text_of(report: dict[str, Any]) -> str:

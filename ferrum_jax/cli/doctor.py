@@ -17,13 +17,15 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
+from ferrum_jax import __version__
 from ferrum_jax.cli.options import NO_DEFAULT, Common
 from ferrum_jax.cli.output import Status, emit, size
 from ferrum_jax.environment import check_platform, compile_cache_folder, free_host_memory, installed
 from ferrum_jax.errors import BackendError
 
-NEEDED = ("jax", "jaxlib", "flax", "chex", "numpy", "ml_dtypes", "safetensors", "tokenizers", "huggingface-hub", "jinja2")
-PLUGINS = ("jax-metal", "jax-mps", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu")
+NEEDED = ("jax", "jaxlib", "flax", "chex", "numpy", "ml_dtypes", "safetensors", "tokenizers")
+NEEDED += ("huggingface-hub", "jinja2", "jaxtyping", "tyro", "rich")
+PLUGINS = ("jax-metal", "jax-mps", "jax-cuda12-plugin", "jax-cuda13-plugin")
 LOWEST, ABOVE = "0.5.0", "0.13"
 YNNPACK_SWITCH = "--xla_cpu_experimental_ynn_fusion_type="
 VARIABLES = (
@@ -125,7 +127,7 @@ def examine(timeout: float) -> dict[str, Any]:
         "problems": problems,
         "warnings": warnings,
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
-        "packages": {"ferrum-jax": _own_version(), **packages},
+        "packages": {"ferrum-jax": __version__, **packages},
         "devices": asdict(devices),
         "cpu_cores": os.cpu_count(),
         "compiler": compiler(),
@@ -177,9 +179,7 @@ def probe(timeout: float, code: str = PROBE) -> Devices:
     return Devices(tuple(answer["devices"]), answer["implementation"], answer["problem"], seconds)
 
 
-def find_problems(
-    packages: Mapping[str, str | None], devices: Devices, python: tuple[int, int]
-) -> Iterator[str]:
+def find_problems(packages: Mapping[str, str | None], devices: Devices, python: tuple[int, int]) -> Iterator[str]:
     """What keeps a model from running, as sentences.
 
     Args:
@@ -202,7 +202,9 @@ def find_problems(
         yield f"{devices.problem} JAX_PLATFORMS=cpu leaves plugins out."
 
 
-def find_warnings(packages: Mapping[str, str | None], devices: Devices, environment: Mapping[str, str]) -> Iterator[str]:
+def find_warnings(
+    packages: Mapping[str, str | None], devices: Devices, environment: Mapping[str, str]
+) -> Iterator[str]:
     """What may slow a model down or break it, as sentences.
 
     Args:
@@ -214,12 +216,12 @@ def find_warnings(packages: Mapping[str, str | None], devices: Devices, environm
     if jaxlib in ("0.10.2", "0.11.0") and YNNPACK_SWITCH not in environment.get("XLA_FLAGS", ""):
         yield (
             f"jaxlib {jaxlib} has known faults in XLA's YNNPACK fusions on CPU (wrong results, crashes: jax#39103, "
-            f"jax#39257, jax#40412). None is known to touch this package; to be sure set  XLA_FLAGS={YNNPACK_SWITCH}"
+            f"jax#39257, jax#40412). If numbers look wrong, switch them off with  XLA_FLAGS={YNNPACK_SWITCH}"
         )
     if devices.devices and devices.implementation is None:
         yield str(devices.problem)
     if packages["jax-metal"] is not None:
-        yield "jax-metal is unmaintained; on Apple silicon prefer jax-mps:  pip install \"ferrum-jax[mps]\""
+        yield 'jax-metal is unmaintained; on Apple silicon prefer jax-mps:  pip install "ferrum-jax[mps]"'
     cuda = [name for name in ("jax-cuda12-plugin", "jax-cuda13-plugin") if packages[name] is not None]
     if len(cuda) > 1:
         yield f"{' and '.join(cuda)} are both installed, and one hides the other; uninstall one."
@@ -238,7 +240,8 @@ def version(text: str) -> tuple[int, ...]:
     >>> version("0.12.0.1rc2") < version("0.13")
     True
     """
-    return tuple(int(number) for number in re.findall(r"\d+", re.match(r"[\d.]*", text)[0]))
+    numbers = re.match(r"[\d.]*", text)
+    return tuple(int(number) for number in re.findall(r"\d+", numbers[0] if numbers else ""))
 
 
 def compiler() -> str | None:
@@ -299,12 +302,6 @@ def _total_memory() -> int | None:
         return None
 
 
-def _own_version() -> str:
-    from ferrum_jax import __version__
-
-    return __version__
-
-
 def _lines(report: dict[str, Any]) -> Iterator[str]:
     python, devices, memory = report["python"], report["devices"], report["memory"]
     yield f"python      {python['version']}  {python['executable']}  {python['platform']}"
@@ -321,7 +318,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"c++         {report['compiler'] or 'none found (not needed)'}"
     for name, found in report["caches"].items():
         state = "" if found["writable"] else ", not writable"
-        yield f"cache       {name}: {found['path']} ({size(found['bytes'])}{state})" if found["path"] else f"cache       {name}: off"
+        where = f"{found['path']} ({size(found['bytes'])}{state})" if found["path"] else "off"
+        yield f"cache       {name}: {where}"
     for name, value in report["environment"].items():
         yield f"variable    {name}={value}"
     for kind in ("warnings", "problems"):

@@ -252,8 +252,8 @@ def _identity(report: dict[str, Any]) -> list[str]:
             return [*parts, "not quantised"]
         source = {"data": "checked in data", "metadata": "says the metadata", "option": "as told"}
         version = {"gptq": "v1", "gptq_v2": "v2"}[dialect["version"]]
-        formats = dialect["formats"]
-        packed = next(iter(formats)) if len(formats) == 1 else ", ".join(f"{n} x {words}" for words, n in formats.items())
+        counts = dialect["formats"].items()
+        packed = ", ".join(words if len(counts) == 1 else f"{n} x {words}" for words, n in counts)
         parts.append(f"GPTQ {packed}, zeros {version} ({source.get(dialect['version_from'], 'assumed')})")
     return parts
 

@@ -148,7 +148,7 @@ def warnings_as_lines() -> Iterator[None]:
         warnings.simplefilter("always", CheckpointWarning)
         show = warnings.showwarning
 
-        def show_line(message, category, *details, **more):  # noqa: ANN001
+        def show_line(message, category, *details, **more):
             if issubclass(category, CheckpointWarning):
                 say_warning(str(message))
             else:

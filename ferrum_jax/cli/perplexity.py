@@ -49,13 +49,14 @@ class Perplexity(Loading):
         """Score the text; returns the exit code."""
         if self.context < 2 or self.batch < 1:
             raise UsageError(
-                f"--context {self.context} and --batch {self.batch}: a window needs at least 2 tokens, a batch 1 window."
+                f"--context is {self.context} and --batch {self.batch}; a window needs 2 tokens, a batch 1 window."
             )
         text = read_text(self.file)
         model = load_model(self, self.model)
         if self.context > model.cfg.max_position:
             raise RequestError(
-                f"--context {self.context} exceeds this model's context of {model.cfg.max_position} tokens; ask for less."
+                f"--context {self.context} exceeds this model's context of {model.cfg.max_position} tokens; "
+                f"ask for less."
             )
         tokens = model.tokenizer.encode(text, max_chars=MAX_BYTES)
         with Status("compiling", self.quiet) as status:

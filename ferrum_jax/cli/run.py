@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from ferrum_jax.generation import Stats, Step
     from ferrum_jax.sampling_params import SamplingParams
 
-PREPARING = "preparing (the first run of a size compiles; later ones read it from the cache)"
+PREPARING = "preparing: the first run of a size compiles it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Loading):
     """Write text: continue a prompt, or answer it where the checkpoint has a chat template.
 
-    The text goes to stdout as it is written, statistics to stderr. Without a PROMPT on a terminal a conversation opens
-    (/help lists its commands); elsewhere the prompt is read from stdin, less one final newline. A prompt that is
-    continued is shown before its continuation on a terminal only: a pipe or a file gets the new text alone.
+    The text goes to stdout as it is written, statistics to stderr. Without a PROMPT, a conversation opens on a
+    terminal; elsewhere the prompt is read from stdin, less one final newline. A prompt that is continued is shown
+    before its continuation on a terminal only: a pipe or a file gets the new text alone.
 
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -50,7 +50,7 @@ class Run(Loading):
     """
 
     model: Positional[ModelName]
-    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT", help_behavior_hint=NO_DEFAULT)]] = None
+    prompt: Positional[Annotated[str | None, arg(metavar="[PROMPT]", help_behavior_hint=NO_DEFAULT)]] = None
     system: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint=NO_DEFAULT)] = None
     raw: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
     max_tokens: Annotated[int, arg(metavar="N")] = 256
@@ -73,6 +73,8 @@ class Run(Loading):
         if talking and self.json:
             raise UsageError("--json gives one answer, and there is no PROMPT; give one, or - to read it from stdin.")
         prompt = None if talking else self.prompt if self.prompt not in (None, "-") else read_stdin()
+        if prompt == "":
+            raise RequestError("the prompt is empty; give at least a word.")
         model = load_model(self, self.model)
         if self.verbose:
             say(load_report(model))
@@ -234,7 +236,6 @@ def compile_table(model: Model) -> str:
 
     records = steps_for(model.cfg).records()
     rows = [
-        (record.step, str(record.bucket), f"{record.seconds:.2f} s", "" if record.temp_bytes is None else size(record.temp_bytes))
-        for record in records
+        (record.step, str(record.bucket), f"{record.seconds:.2f} s", size(record.temp_bytes or 0)) for record in records
     ]
     return table(("step", "bucket", "compile", "temporary memory"), rows, left=2)

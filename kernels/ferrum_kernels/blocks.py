@@ -66,7 +66,7 @@ def max_blocks(pairs: int, num_experts: int, block: int) -> int:
 
 
 def pick_block(pairs: int, num_experts: int) -> int:
-    """Rows per block for a bucket: the power of two nearest the mean load, so that padding at most doubles the rows.
+    """Rows per block for a bucket: the power of two nearest the mean load; the layout has at most 2.5 rows per pair.
 
     >>> [pick_block(p, 128) for p in (8, 256, 4096, 2**20)]
     [1, 2, 32, 128]

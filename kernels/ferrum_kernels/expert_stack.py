@@ -5,6 +5,7 @@ Source: the `MarlinExpertStack` contract of ferrum-infer-rs, without its workspa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def batched_expert_matmul(
         raise ShapeError(f"x is {list(x.shape)}; the stack multiplies rows of K={k}, so x must be [M, {k}].")
     if out.ndim != 2 or out.shape[1] != n:
         raise ShapeError(f"out is {list(out.shape)}; the stack gives rows of N={n}, so out must be [M', {n}].")
-    source = np.full(out.shape[0], -1, np.int64)
+    source = np.zeros(out.shape[0], np.int32)
     experts = np.full(out.shape[0], stack.num_experts, np.int32)
     for e, in_row, out_row, m in dispatches:
         if not 0 <= e < stack.num_experts:
@@ -62,13 +63,21 @@ def batched_expert_matmul(
                 raise ShapeError(f"dispatch covers {what} rows [{start}, {start + m}); there are rows [0, {rows}).")
         source[out_row : out_row + m] = np.arange(in_row, in_row + m)
         experts[out_row : out_row + m] = e
-    written = np.flatnonzero(source >= 0)
-    if not written.size:
+    if (experts == stack.num_experts).all():
         return out
-    plan = dispatch(jnp.asarray(experts[written]), stack.num_experts)
-    rows = to_blocks(x[source[written]], plan)
+    named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    return _run(x, stack, source, experts, out, named)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _run(
+    x: jax.Array, stack: PackedLinear, source: Any, experts: Any, out: jax.Array, implementation: Implementation
+) -> jax.Array:
+    """Compiled once per shape, whatever the dispatches: a row that none writes belongs to nobody and costs nothing."""
+    plan = dispatch(experts, stack.num_experts)
+    rows = to_blocks(x[source], plan)
     y = grouped_gptq_matmul(rows, stack, plan, implementation=implementation, out_dtype=out.dtype)
-    return out.at[written].set(from_blocks(y, plan))
+    return jnp.where((experts < stack.num_experts)[:, None], from_blocks(y, plan), out)
 
 
 def expert_linear(

@@ -34,6 +34,10 @@ class TestGptqMatmul:
         y = jax.jit(functools.partial(gptq_matmul, implementation=implementation))(x, w)
         assert y.dtype == jnp.float32
         assert_close(y, x @ dense)
+
+    def test_without_jit(self, implementation):
+        w, dense = make_linear(0, act_order=True)
+        x = normal(0, 5, 37)
         assert_close(gptq_matmul(x, w, implementation=implementation), x @ dense)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -67,9 +71,9 @@ class TestGptqMatmul:
         (w, dense), (v, other) = make_linear(0, act_order=True), make_linear(1, act_order=True)
         multiply = functools.partial(gptq_matmul, implementation=implementation)
         x = normal(0, 2, 5, 37)
-        assert_close(jax.vmap(multiply, (0, None))(x, w), x @ dense)
+        assert_close(jax.jit(jax.vmap(multiply, (0, None)))(x, w), x @ dense)
         both = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, v)
-        assert_close(jax.vmap(multiply)(x, both), x @ np.stack([dense, other]))
+        assert_close(jax.jit(jax.vmap(multiply))(x, both), x @ np.stack([dense, other]))
 
     @pytest.mark.parametrize("act_order", [False, True])
     def test_its_gradient_with_respect_to_x_is_the_dense_one(self, implementation, act_order):

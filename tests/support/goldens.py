@@ -22,7 +22,9 @@ SHARED = ROOT.parent / "shared" / "checkpoints"
 
 DEMO = "tales-13m-gptq-int4"
 OWN = {DEMO: ROOT / "ferrum_jax" / "models" / DEMO}  # part of every checkout
-OWN |= {name: GOLDENS / "checkpoints" / name for name in ("mixtral-w4g128sym", "qwen3-w4g32asymact", "qwen3moe-w4g32act")}
+OWN |= {
+    name: GOLDENS / "checkpoints" / name for name in ("mixtral-w4g128sym", "qwen3-w4g32asymact", "qwen3moe-w4g32act")
+}
 FOLDERS = OWN | {name: SHARED / name for name in ("qwen3moe-w4g128sym", "qwen3moe-w4g64asym", "qwen3moe-w8g128sym")}
 
 

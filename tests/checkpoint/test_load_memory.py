@@ -1,0 +1,93 @@
+"""Loading streams: peak memory of a whole process against the size of the packed model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.checkpoint_writer import TinySpec, make_config, make_quantization, save_tensors, write_json
+from tests.support.checkpoint_writer import write_tokenizer
+
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 10, 32, 1024, 512, 128
+SPEC = TinySpec(
+    num_layers=LAYERS,
+    num_experts=EXPERTS,
+    hidden_size=HIDDEN,
+    moe_intermediate_size=INTERMEDIATE,
+    group_size=GROUP,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    vocab_size=4096,
+    lm_head="tied",
+)
+NOISE = 16 * 2**20  # compiled updates, allocator slack and Python's own growth
+
+CHILD = """
+import gc, json, sys
+import ferrum_jax as fj
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+fj.load("demo", quiet=True)  # imports, compiler and thread pools are not the model's memory
+gc.collect()
+baseline = status("VmRSS")
+model = fj.load(sys.argv[1], dtype="bfloat16", quiet=True)
+print(json.dumps({"growth": status("VmHWM") - baseline, "held": model.report.bytes_held}))
+"""
+
+
+def write_large(folder: Path) -> int:
+    """Random words under the names of a real model, without quantising anything; returns bytes of one layer."""
+    rng = np.random.default_rng(0)
+
+    def packed(module: str, k: int, n: int) -> dict[str, np.ndarray]:
+        return {
+            f"{module}.qweight": rng.integers(-(2**31), 2**31, (k // 8, n), np.int32),
+            f"{module}.qzeros": np.full((k // GROUP, n // 8), 0x77777777, np.int32),
+            f"{module}.scales": rng.uniform(0.001, 0.002, (k // GROUP, n)).astype(np.float16),
+            f"{module}.g_idx": np.arange(k, dtype=np.int32) // GROUP,
+        }
+
+    def layer(name: str) -> dict[str, np.ndarray]:
+        q, kv = SPEC.num_heads * SPEC.head_dim, SPEC.num_kv_heads * SPEC.head_dim
+        tensors = {f"{name}.mlp.gate.weight": rng.standard_normal((EXPERTS, HIDDEN)).astype(np.float16)}
+        for norm, n in (("input_layernorm", HIDDEN), ("post_attention_layernorm", HIDDEN)):
+            tensors[f"{name}.{norm}.weight"] = np.ones(n, np.float16)
+        for part in ("q", "k"):
+            tensors[f"{name}.self_attn.{part}_norm.weight"] = np.ones(SPEC.head_dim, np.float16)
+        for part, k, n in (("q", HIDDEN, q), ("k", HIDDEN, kv), ("v", HIDDEN, kv), ("o", q, HIDDEN)):
+            tensors |= packed(f"{name}.self_attn.{part}_proj", k, n)
+        for expert in range(EXPERTS):
+            for part, k, n in (("gate", HIDDEN, INTERMEDIATE), ("up", HIDDEN, INTERMEDIATE), ("down", INTERMEDIATE, HIDDEN)):
+                tensors |= packed(f"{name}.mlp.experts.{expert}.{part}_proj", k, n)
+        return tensors
+
+    layers = [layer(f"model.layers.{i}") for i in range(LAYERS)]
+    tensors = {name: tensor for one in layers for name, tensor in one.items()}
+    tensors["model.embed_tokens.weight"] = rng.standard_normal((SPEC.vocab_size, HIDDEN)).astype(np.float16)
+    tensors["model.norm.weight"] = np.ones(HIDDEN, np.float16)
+    write_json(folder / "config.json", make_config(SPEC))
+    write_json(folder / "quantize_config.json", make_quantization(SPEC))
+    save_tensors(folder, tensors, shards=2)
+    write_tokenizer(folder, SPEC)
+    return sum(tensor.nbytes for tensor in layers[0].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_is_the_packed_model_and_one_layer(tmp_path: Path) -> None:
+    one_layer = write_large(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+    )
+    seen = json.loads(done.stdout)
+    assert seen["held"] > 200 * 2**20
+    assert seen["growth"] <= 1.15 * seen["held"] + one_layer + NOISE

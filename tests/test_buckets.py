@@ -1,0 +1,88 @@
+"""Buckets hold what they say, and a step compiles once per bucket or names the argument that would make it compile."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ferrum_jax.buckets import BucketedStep, Buckets
+from ferrum_jax.errors import CapacityError, ConfigError, RetraceError
+
+
+@given(size=st.integers(1, 512))
+def test_fit_is_the_smallest_bucket_that_holds(size: int) -> None:
+    ladder = Buckets().prefill
+    fitted = Buckets().fit("prefill", size)
+    assert fitted >= size
+    assert all(other < size for other in ladder if other < fitted)
+
+
+def test_prefill_ladder_wastes_at_most_half_an_octave() -> None:
+    ladder = Buckets().prefill
+    assert ladder[:5] == (16, 24, 32, 48, 64) and ladder[-1] == 512
+    assert all(b / a <= 1.5 for a, b in zip(ladder, ladder[1:], strict=False))
+
+
+def test_nothing_fits_beyond_the_largest() -> None:
+    with pytest.raises(CapacityError, match=r"batch size 257 is beyond the largest bucket, 256; extend Buckets\.batch"):
+        Buckets().fit("batch", 257)
+
+
+@pytest.mark.parametrize("sizes", [(), (0, 1), (2, 2), (4, 1)])
+def test_a_ladder_must_rise(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"Buckets\.cache is .*; it must hold at least one size, all positive and"):
+        Buckets(cache=sizes)
+
+
+def test_buckets_are_frozen_and_hashable() -> None:
+    assert hash(Buckets()) == hash(Buckets())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Buckets().batch = (1,)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_bucket_compiles_once_and_is_recorded() -> None:
+    traces = []
+
+    def double(x: jax.Array) -> jax.Array:
+        traces.append(x.shape)
+        return x * 2
+
+    step = BucketedStep("double", double)
+    for size in (2, 2, 4, 2, 4):
+        assert step(size, x=jnp.ones(size)).tolist() == [2.0] * size
+    assert traces == [(2,), (4,)]
+    assert [(record.step, record.bucket) for record in step.records] == [("double", 2), ("double", 4)]
+    assert all(record.seconds > 0 for record in step.records)
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (jnp.ones(9, jnp.int32), r"argument 'x' changed int32\[8\] -> int32\[9\]\. Pad it"),
+        (jnp.ones(8, jnp.float32), r"argument 'x' changed int32\[8\] -> float32\[8\]\. Pad it"),
+        ({"inner": jnp.ones(8, jnp.int32)}, r"argument 'x' has another structure\. Use a key of its own"),
+    ],
+)
+def test_other_shapes_are_refused_by_name(x: object, found: str) -> None:
+    step = BucketedStep("decode", lambda scale, x: jax.tree.map(lambda leaf: leaf * scale, x))
+    step("b8", scale=jnp.int32(2), x=jnp.ones(8, jnp.int32))
+    with pytest.raises(RetraceError, match=f"decode was compiled for bucket b8 and would compile again: {found}"):
+        step("b8", scale=jnp.int32(2), x=x)
+    assert len(step.records) == 1
+
+
+def test_a_missing_argument_is_a_difference() -> None:
+    step = BucketedStep("add", lambda x, y=None: x if y is None else x + y)
+    step(1, x=jnp.ones(2))
+    with pytest.raises(RetraceError, match="argument 'y' has another structure"):
+        step(1, x=jnp.ones(2), y=jnp.ones(2))
+
+
+def test_donated_buffers_are_reused() -> None:
+    step = BucketedStep("fill", lambda cache: cache.at[0].set(1.0), donate=("cache",))
+    cache = jnp.zeros((64, 64))
+    out = step(1, cache=cache)
+    assert cache.is_deleted() and float(out[0, 0]) == 1.0

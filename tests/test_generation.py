@@ -1,0 +1,192 @@
+"""Generation: stopping, streams, batches, seeds, log-probabilities, capacity, and no compilation outside the buckets."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.buckets import Buckets
+from ferrum_jax.checkpoint.load import Model
+from ferrum_jax.errors import BackendError, CapacityError, RequestError
+from ferrum_jax.generation import Step, Steps, steps_for, stream_batch
+from ferrum_jax.sampling import SamplerPlan, SamplingParams
+
+PROMPTS = ["Once upon a time there was a king", "The fox", "In the beginning of the world the old woman said to him"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return fj.load("demo", quiet=True)
+
+
+def tokens(steps: list[Step], row: int = 0) -> list[int]:
+    return [step.token for step in steps if step.row == row]
+
+
+def test_greedy_generation_is_argmax_of_forward(model: Model) -> None:
+    steps = list(fj.stream_generate(model, PROMPTS[0], max_tokens=8))
+    ids = model.tokenizer.encode(PROMPTS[0])
+    padded = np.zeros((1, 32), np.int32)
+    forward = jax.jit(fj.forward, static_argnames="cfg")
+    for step in steps:
+        padded[0, : len(ids)] = ids
+        logits = forward(model.params, jnp.asarray(padded), model.cfg)[0, len(ids) - 1]
+        assert step.token == int(jnp.argmax(logits))
+        assert step.logprob == pytest.approx(float(jax.nn.log_softmax(logits)[step.token]), abs=1e-4)
+        ids.append(step.token)
+    assert "".join(step.text for step in steps) == model.tokenizer.decode(tokens(steps))
+    assert [step.finish_reason for step in steps] == [None] * 7 + ["length"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.9, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}]
+)
+def test_a_batch_gives_each_prompt_what_it_gets_alone(model: Model, options: dict) -> None:
+    together = list(stream_batch(model, PROMPTS, max_tokens=12, **options))
+    for row, prompt in enumerate(PROMPTS):
+        alone = list(fj.stream_generate(model, prompt, max_tokens=12, **options))
+        assert tokens(together, row) == tokens(alone)
+        np.testing.assert_allclose(
+            [step.logprob for step in together if step.row == row], [step.logprob for step in alone], atol=1e-4
+        )
+
+
+def test_each_row_has_its_own_sampling(model: Model) -> None:
+    requests = [SamplingParams(max_tokens=3), SamplingParams(max_tokens=7, temperature=1.0, seed=1)]
+    steps = list(stream_batch(model, PROMPTS[:2], requests))
+    assert [len(tokens(steps, row)) for row in range(2)] == [3, 7]
+    assert tokens(steps, 0) == tokens(list(fj.stream_generate(model, PROMPTS[0], requests[0])))
+    assert tokens(steps, 1) == tokens(list(fj.stream_generate(model, PROMPTS[1], requests[1])))
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(model: Model) -> None:
+    first, again, other = (
+        fj.generate(model, PROMPTS[0], max_tokens=16, temperature=1.0, seed=seed) for seed in (11, 11, 12)
+    )
+    assert first == again != other
+
+
+def test_a_stop_string_ends_the_text_before_itself(model: Model) -> None:
+    whole = fj.generate(model, PROMPTS[0], max_tokens=24)
+    stop = whole.split()[3]
+    steps = list(fj.stream_generate(model, PROMPTS[0], max_tokens=24, stop=(stop,)))
+    assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
+    assert steps[-1].finish_reason == "stop"
+
+
+def test_a_stop_id_ends_the_text_and_is_not_shown(model: Model) -> None:
+    whole = tokens(list(fj.stream_generate(model, PROMPTS[0], max_tokens=8)))
+    cut = whole.index(whole[4])
+    steps = list(fj.stream_generate(model, PROMPTS[0], max_tokens=8, stop_token_ids=(whole[4],)))
+    assert tokens(steps) == whole[: cut + 1] and steps[-1].finish_reason == "stop"
+    assert "".join(step.text for step in steps) == model.tokenizer.decode(whole[:cut])
+
+
+def test_end_of_text_stops_unless_it_is_ignored(model: Model) -> None:
+    (eos,) = model.cfg.eos_token_ids
+    bias = {eos: 100.0}
+    (only,) = fj.stream_generate(model, PROMPTS[0], max_tokens=4, logit_bias=bias)
+    assert only.token == eos and only.finish_reason == "stop" and only.text == ""
+    steps = list(fj.stream_generate(model, PROMPTS[0], max_tokens=4, logit_bias=bias, ignore_eos=True))
+    assert tokens(steps) == [eos] * 4 and steps[-1].finish_reason == "length"
+
+
+def test_alternatives_are_the_best_tokens_with_their_logprobs(model: Model) -> None:
+    (step,) = fj.stream_generate(model, PROMPTS[0], max_tokens=1, logprobs=3)
+    assert len(step.top_logprobs) == 3
+    assert step.top_logprobs[0] == (step.token, pytest.approx(step.logprob))
+    values = [value for _, value in step.top_logprobs]
+    assert values == sorted(values, reverse=True) and all(value < 0 for value in values)
+
+
+def test_token_ids_are_a_prompt_too(model: Model) -> None:
+    ids = model.tokenizer.encode(PROMPTS[0])
+    assert fj.generate(model, [ids], max_tokens=6) == fj.generate(model, PROMPTS[:1], max_tokens=6)
+
+
+def test_a_long_prompt_is_read_in_pieces(model: Model) -> None:
+    ids = (model.tokenizer.encode(PROMPTS[2]) * 8)[:70]
+    pieces = list(fj.stream_generate(model, ids, max_tokens=4, buckets=Buckets(prefill=(16, 32))))
+    whole = list(fj.stream_generate(model, ids, max_tokens=4, buckets=Buckets(prefill=(96,))))
+    assert tokens(pieces) == tokens(whole)
+
+
+def test_stats_count_and_time(model: Model) -> None:
+    steps = list(fj.stream_generate(model, PROMPTS[0], max_tokens=5))
+    assert [step.stats.generated_tokens for step in steps] == [1, 2, 3, 4, 5]
+    last = steps[-1].stats
+    assert last.prompt_tokens == len(model.tokenizer.encode(PROMPTS[0]))
+    assert last.first_token_seconds > 0 and last.decode_seconds > 0
+    assert last.decode_tokens_per_second == pytest.approx(4 / last.decode_seconds)
+    assert steps[0].stats.decode_tokens_per_second == 0.0
+
+
+def test_nothing_compiles_outside_the_buckets(model: Model) -> None:
+    buckets = Buckets(batch=(1, 2), prefill=(16, 32), cache=(64, 128))
+    cfg = dataclasses.replace(model.cfg, pad_token_id=7)  # a configuration of its own, so nothing is compiled yet
+    mine = dataclasses.replace(model, cfg=cfg)
+    for prompts in (PROMPTS[:1], PROMPTS[:2], PROMPTS[1:2], PROMPTS[1:]):
+        for length in (3, 5, 20):
+            fj.generate(mine, prompts, max_tokens=length, buckets=buckets)
+    seen = [(record.step, record.bucket) for record in steps_for(cfg).records()]
+    assert len(seen) == len(set(seen))
+    assert {bucket for step, bucket in seen if step == "prefill"} <= {(b, t, 64) for b in (1, 2) for t in (16, 32)}
+    assert {bucket for step, bucket in seen if step == "decode"} == {(1, 64), (2, 64)}
+
+
+def test_edited_parameters_of_another_structure_get_steps_of_their_own(model: Model) -> None:
+    steps = Steps(model.cfg)
+    plan = SamplerPlan()
+    dense = jax.tree.map(fj.dequantize, model.params, is_leaf=lambda node: isinstance(node, fj.PackedLinear))
+    assert steps.of(model.params, plan) is steps.of(model.params, plan)
+    assert steps.of(dense, plan) is not steps.of(model.params, plan)
+
+
+def test_a_row_with_broken_logits_ends_and_leaves_the_others_alone(model: Model) -> None:
+    broken = model.tokenizer.encode(PROMPTS[1])[-1]
+    params = {**model.params, "embed": model.params["embed"].at[broken].set(jnp.nan)}
+    # Tied embeddings: the broken row of the output projection would spoil every row, so give it one of its own.
+    params["lm_head"] = model.params["embed"].T
+    bad = dataclasses.replace(model, params=params)
+    steps = list(stream_batch(bad, PROMPTS[:2], max_tokens=4))
+    assert [step.finish_reason for step in steps if step.row == 1] == ["nonfinite_logits"]
+    assert tokens(steps, 0) == tokens(list(fj.stream_generate(model, PROMPTS[0], max_tokens=4)))
+    with pytest.raises(BackendError, match=r"prompt 1 gave logits that are NaN or infinite after 1 tokens\. Try dtype="):
+        fj.generate(bad, PROMPTS[:2], max_tokens=4)
+
+
+def test_the_context_limits_the_answer(model: Model) -> None:
+    cfg = dataclasses.replace(model.cfg, max_position=24)
+    short = dataclasses.replace(model, cfg=cfg)
+    ids = model.tokenizer.encode(PROMPTS[2])[:10]
+    steps = list(fj.stream_generate(short, ids, max_tokens=100))
+    assert len(steps) == 14 and steps[-1].finish_reason == "length"
+    with pytest.raises(CapacityError, match=r"prompt 0 has 24 tokens; this model's context is 24, and the answer needs"):
+        fj.stream_generate(short, ids * 2 + ids[:4])
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda m: fj.stream_generate(m, ""), "prompt 0 is empty; give at least one token"),
+        (lambda m: fj.stream_generate(m, [1, 4096]), "prompt 0 holds token ids 1 to 4096; this model's vocabulary is 0"),
+        (lambda m: fj.stream_generate(m, [-1]), "prompt 0 holds token ids -1 to -1; this model's vocabulary is 0 to 4095"),
+        (lambda m: fj.stream_generate(m, "a", temprature=1.0), "'temprature' is not a sampling value; accepted are"),
+        (lambda m: fj.stream_generate(m, "a", SamplingParams(), seed=1), "either as SamplingParams or as keywords"),
+        (lambda m: stream_batch(m, "a"), "prompts is one string; give a list of prompts, or use stream_generate"),
+        (lambda m: stream_batch(m, ["a"], [SamplingParams()], seed=1), "per prompt or as keywords, not both"),
+        (lambda m: stream_batch(m, ["a", "b"], [SamplingParams()]), "there are 2 prompts and 1 SamplingParams"),
+        (lambda m: fj.stream_generate(m, "a", stop_token_ids=(5000,)), "stop_token_ids names token 5000, but the vocab"),
+    ],
+)
+def test_bad_requests_are_refused_at_the_call(model: Model, call: object, error: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(error)):
+        call(model)  # pyright: ignore[reportCallIssue]
+
+
+def test_no_prompts_give_no_texts(model: Model) -> None:
+    assert fj.generate(model, []) == []
