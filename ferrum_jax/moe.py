@@ -163,5 +163,5 @@ def moe_layer(
         chosen = jnp.where(mask.reshape(-1, 1), chosen, cfg.num_experts)
     plan = dispatch(chosen, cfg.num_experts, block)
     y = combine(run_experts(params["experts"], tokens, plan, cfg, layer), plan, routing.weights)
-    routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, -1), routing)
+    routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, leaf.shape[-1]), routing)
     return y.astype(x.dtype).reshape(x.shape), routing

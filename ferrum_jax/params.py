@@ -109,9 +109,7 @@ def set_layer(params: dict[str, Any], index: int, new: dict[str, Any]) -> dict[s
     old = layer(params, index)
     if jax.tree.structure(old) != jax.tree.structure(new):
         raise ShapeError("the new layer has another structure than the old one; keep the keys and packing of layer().")
-    for path, (was, now) in jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda a, b: (a, b), old, new), is_leaf=lambda node: isinstance(node, tuple)
-    ):
+    for (path, was), now in zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True):
         if was.shape != now.shape or was.dtype != now.dtype:
             raise ShapeError(
                 f"{jax.tree_util.keystr(path)} is {now.dtype}{list(now.shape)}; expected {was.dtype}{list(was.shape)}."

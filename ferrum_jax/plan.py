@@ -51,7 +51,8 @@ def config_formats(cfg: ModelConfig) -> FormatOf:
         if quant is None:
             return None
         group = k if quant.group_size == -1 else min(quant.group_size, k)
-        return Format(quant.bits, group, quant.sym, "act" if quant.desc_act else None)
+        # One group has only one order.
+        return Format(quant.bits, group, quant.sym, "act" if quant.desc_act and group < k else None)
 
     return format_of
 

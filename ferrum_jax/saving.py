@@ -82,8 +82,8 @@ def save_params(path: str | Path, cfg: ModelConfig, params: dict[str, Any]) -> P
             os.rename(folder, path)
     except OSError as problem:
         raise CheckpointError(
-            f"{path} cannot be written ({problem.strerror or problem}); choose a folder on a disk that is writable and has "
-            f"{num_bytes(params) / 2**30:.2f} GiB free."
+            f"{path} cannot be written ({problem.strerror or problem}); choose a folder on a disk that is writable "
+            f"and has {num_bytes(params) / 2**30:.2f} GiB free."
         ) from problem
     return path
 
@@ -187,8 +187,10 @@ def _abstract(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, str):
-        dtype, shape = value.removesuffix("]").split("[")
-        return jax.ShapeDtypeStruct(tuple(map(int, shape.split(","))) if shape else (), jnp.dtype(dtype))
+        found = re.fullmatch(r"(\w+)\[([\d,]*)\]", value)
+        if found is None:
+            raise ValueError(f"{value!r} describes no array")
+        return jax.ShapeDtypeStruct(tuple(map(int, found[2].split(","))) if found[2] else (), jnp.dtype(found[1]))
     if isinstance(value, list):
         return tuple(_abstract(child) for child in value)
     if len(value) == 1 and (name := next(iter(value))) in _KINDS:

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import ferrum_jax as fj
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ferrum_jax.nnx import CausalLM, Packed
 from flax import nnx
 
+import ferrum_jax as fj
+from ferrum_jax.nnx import CausalLM, Packed
 from tests.support.checkpoint_writer import MIXED_DYNAMIC, TinySpec, write_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -258,7 +258,7 @@ class _LeafReader:
             raise CheckpointError(f"{module}: {error}") from error
 
     def plain(self, name: str) -> np.ndarray:
-        return self.read(name).astype(self.dtype)
+        return self.read(name).astype(self.dtype, copy=False)
 
     def read(self, name: str) -> np.ndarray:
         stored = self.dialect.names[name]

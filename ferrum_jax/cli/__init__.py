@@ -149,7 +149,9 @@ def _report(error: Exception, debug: bool) -> int:
         say_error(str(error))
         return ENVIRONMENT if isinstance(error, CannotStart) else PROBLEM
     if isinstance(error, OSError):
-        say_error(f"{error.filename or 'reading or writing'}: {error.strerror or error}. Check the disk and permissions.")
+        say_error(
+            f"{error.filename or 'reading or writing'}: {error.strerror or error}. Check the disk and permissions."
+        )
         return PROBLEM
     say_error(
         f"this should not happen: {type(error).__name__}: {' '.join(str(error).split())}. "

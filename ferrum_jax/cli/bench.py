@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,8 @@ class Bench(Loading):
     """Measure prefill, decode, time to the first token, compile times and peak memory.
 
     Runs once to compile and warm up, then --repeats times; rates are medians. Prompts are random tokens, sampling is
-    greedy and an end-of-text token does not end a run, so every run does the same work. Rates count all rows.
+    greedy and an end-of-text token does not end a run, so every run does the same work. Rates count all rows. Nothing
+    compiled is taken from the compile cache.
 
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -62,7 +64,7 @@ class Bench(Loading):
                 f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones need a context of {longest}; this "
                 f"model's is {model.cfg.max_position}. Ask for fewer."
             )
-        with Status("compiling", self.quiet) as status:
+        with Status("compiling", self.quiet) as status, fresh_compiles():
             report = measure(self, model, status)
         if self.json:
             emit(report)
@@ -121,6 +123,23 @@ def synthetic_model(options: Bench) -> Model:
     # Random weights have no words; every id of this tokenizer stands for no text.
     silent = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, "?")))
     return Model(cfg, params, silent, LoadReport(Path(options.synthetic), None, 0.0, 0, needed, ()))
+
+
+@contextmanager
+def fresh_compiles() -> Iterator[None]:
+    """Leave the persistent compile cache out while the block runs, so that compile times do not depend on it."""
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    config: Any = jax.config  # its options are made at run time
+    before = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX remembers whether it uses the cache; the files stay
+    try:
+        yield
+    finally:
+        config.update("jax_enable_compilation_cache", before)
+        reset_cache()
 
 
 def measure(options: Bench, model: Model, status: Status) -> dict[str, Any]:
@@ -256,6 +275,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"peak memory {size(report['peak_memory_bytes'])} ({report['peak_memory_of']})"
     yield f"parameters  {size(report['parameter_bytes'])}"
     yield f"compiling   {report['compile_seconds']:.1f} s"
+    yield ""
     rows = [
         (row["step"], str(row["bucket"]), f"{row['seconds']:.2f} s", size(row["temporary_bytes"] or 0))
         for row in report["compiles"]

@@ -21,7 +21,13 @@ UNROLLED_BLOCKS = 16
 
 
 def grouped_matmul(
-    x: jax.Array, stack: Stack, block_expert: jax.Array, block: int, first: jax.Array, y: jax.Array, transpose: bool
+    x: jax.Array,
+    stack: Stack,
+    block_expert: jax.Array,
+    block: int,
+    layer: jax.Array | None,
+    y: jax.Array,
+    transpose: bool,
 ) -> jax.Array:
     """Fill the rows of the blocks whose expert is in this stack, block after block; as `xla.grouped_matmul`."""
     num_blocks = block_expert.shape[0]
@@ -29,7 +35,7 @@ def grouped_matmul(
     experts = jnp.where(block_expert >= 0, block_expert, jnp.max(block_expert, initial=0))
 
     def one_block(b: int | jax.Array, y: jax.Array) -> jax.Array:
-        weight, perm = expert_weight(stack, first + experts[b], compute_dtype(x.dtype))
+        weight, perm = expert_weight(stack, layer, experts[b], compute_dtype(x.dtype))
         rows = lax.dynamic_slice_in_dim(x, b * block, block)
         old = lax.dynamic_slice_in_dim(y, b * block, block)
         product = block_product(rows, weight, perm, transpose).astype(y.dtype)

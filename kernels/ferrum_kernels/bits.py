@@ -75,7 +75,7 @@ def unpack(words: Any, bits: int, count: int, axis: int) -> Any:
         word, shift = np.divmod(np.arange(0, 32 * bits, bits), 32)
         shift = shift.astype(np.uint32).reshape([1] * (words.ndim - 2) + [-1, 1])
         low = xp.take(words, word, axis=-2) >> shift
-        # Where a code does not straddle, these are bits above the mask. A shift by 32 is not defined, by 31 and 1 it is.
+        # Where a code does not straddle, these bits lie above the mask. Shifts by 31 and 1, as one by 32 is undefined.
         high = xp.take(words, np.minimum(word + 1, bits - 1), axis=-2) << (np.uint32(31) - shift) << np.uint32(1)
         codes = (low | high) & mask
     codes = codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])

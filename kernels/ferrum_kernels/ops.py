@@ -255,10 +255,7 @@ def _run(static: tuple, x: jax.Array, parts: tuple, plan: Dispatch, layer: jax.A
     for i, part in enumerate(parts):
         table = np.append(np.arange(plan.num_experts), -1) if tables is None else np.asarray(tables[i])
         block_expert = jnp.asarray(table, jnp.int32)[plan.block_expert]
-        experts = _lead_and_shape(part)[0][-1]
-        if _layered(part):
-            part = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), part)
-        y = grouped(x, part, block_expert, block, layer * experts, y, transpose)
+        y = grouped(x, part, block_expert, block, layer if _layered(part) else None, y, transpose)
     return y
 
 

@@ -46,14 +46,23 @@ def gptq_matmul(x: jax.Array, w: PackedLinear) -> jax.Array:
     return einsum("mk,kn->mn", x, dequantize_rows(w, compute_dtype(x.dtype)))
 
 
-def expert(stack: Stack, index: jax.Array) -> Stack:
-    """One matrix of a stack by a traced index: a dynamic slice, which fuses into what reads it."""
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), stack)
+def expert(stack: Stack, layer: jax.Array | None, index: jax.Array) -> Stack:
+    """One matrix of a stack [E, ...] or [L, E, ...] by traced indices: a dynamic slice, which fuses into its reader."""
+    place = (index,) if layer is None else (layer, index)
+
+    # One slice of all axes: folding [L, E] into one axis first made XLA copy the stack where a group axis was 1 long.
+    def take(leaf: jax.Array) -> jax.Array:
+        rest = leaf.shape[len(place) :]
+        return lax.dynamic_slice(leaf, (*place, *(0 for _ in rest)), (*(1 for _ in place), *rest)).reshape(rest)
+
+    return jax.tree.map(take, stack)
 
 
-def expert_weight(stack: Stack, index: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+def expert_weight(
+    stack: Stack, layer: jax.Array | None, index: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array | None]:
     """(weight [K, N] as dtype, permutation of its input rows or None) of one expert."""
-    one = expert(stack, index)
+    one = expert(stack, layer, index)
     if isinstance(one, PackedLinear):
         return dequantize_rows(one, dtype), one.perm
     return one.astype(dtype), None
@@ -68,30 +77,36 @@ def block_product(x: jax.Array, weight: jax.Array, perm: jax.Array | None, trans
 
 
 def grouped_matmul(
-    x: jax.Array, stack: Stack, block_expert: jax.Array, block: int, first: jax.Array, y: jax.Array, transpose: bool
+    x: jax.Array,
+    stack: Stack,
+    block_expert: jax.Array,
+    block: int,
+    layer: jax.Array | None,
+    y: jax.Array,
+    transpose: bool,
 ) -> jax.Array:
     """Fill the rows of the blocks whose expert is in this stack: dequantise each live expert once, then multiply.
 
     Args:
       x: [R, K] in the block layout ([R, N] when transposing).
-      stack: [S, K, N], packed or plain; matrix first + e is expert e.
+      stack: [E, K, N], packed or plain, or [L, E, K, N].
       block_expert: int32 [R // block], sorted where not negative; a negative block is left as it is.
       block: rows per block.
-      first: int32 scalar, where this layer's experts begin in the stack.
+      layer: int32 scalar, index into the stack's first axis, or None where it has no axis of layers.
       y: [R, N] that rows are written into.
       transpose: multiply by W^T, for the gradient with respect to x.
 
     Returns:
       y with those rows replaced.
     """
-    num_experts = stack.shape[0] if isinstance(stack, jax.Array) else stack.lead[0]
+    num_experts = stack.num_experts if isinstance(stack, PackedLinear) else stack.shape[-3]
     mine = block_expert[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None]
     count, start = mine.sum(0, dtype=jnp.int32), jnp.argmax(mine, axis=0).astype(jnp.int32)
     live = jnp.argsort(count == 0, stable=True).astype(jnp.int32)
 
     def one_expert(i: jax.Array, y: jax.Array) -> jax.Array:
         e = live[i]
-        weight, perm = expert_weight(stack, first + e, compute_dtype(x.dtype))
+        weight, perm = expert_weight(stack, layer, e, compute_dtype(x.dtype))
 
         def one_block(b: jax.Array, y: jax.Array) -> jax.Array:
             rows = lax.dynamic_slice_in_dim(x, b * block, block)

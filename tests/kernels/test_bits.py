@@ -6,11 +6,11 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ferrum_kernels.bits import SUPPORTED_BITS, pack, unpack, words_for
-from ferrum_kernels.errors import ShapeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ferrum_kernels.bits import SUPPORTED_BITS, pack, unpack, words_for
+from ferrum_kernels.errors import ShapeError
 from tests.support.checkpoint_writer import pack_fields
 from tests.support.numpy_reader import unpack_fields
 
@@ -92,6 +92,8 @@ def test_a_width_that_gptq_does_not_have_is_refused(bits):
 
 @pytest.mark.parametrize("count", [8, 17])
 def test_a_word_count_that_does_not_fit_the_codes_is_refused(count):
-    message = rf"2 words along axis -1 of \(3, 2\) cannot hold {count} codes of 4 bits; expected {-(-count // 8)} words\."
+    message = (
+        rf"2 words along axis -1 of \(3, 2\) cannot hold {count} codes of 4 bits; expected {-(-count // 8)} words\."
+    )
     with pytest.raises(ShapeError, match=message):
         unpack(np.zeros((3, 2), np.uint32), 4, count, axis=-1)

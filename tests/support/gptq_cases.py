@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ferrum_kernels import GptqTensors, PackedLinear, from_gptq
 
+from ferrum_kernels import GptqTensors, PackedLinear, from_gptq
 from tests.support.checkpoint_writer import pack_fields, pack_zeros
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -73,7 +73,9 @@ def make_case(
     )
 
 
-def make_linear(seed: int, *, sym: bool = False, act_order: bool = False, **sizes: int) -> tuple[PackedLinear, np.ndarray]:
+def make_linear(
+    seed: int, *, sym: bool = False, act_order: bool = False, **sizes: int
+) -> tuple[PackedLinear, np.ndarray]:
     """A packed weight on the device and the float32 weight [K, N] it stands for."""
     case = make_case(seed, sym=sym, act_order=act_order, **sizes)
     packed = from_gptq(case.tensors(), case.bits, case.group_size, sym=sym, act_order=act_order or None)

@@ -73,4 +73,3 @@ def draw_case() -> SeedCase:
         x=uniform(stream, BATCH * HIDDEN, -1.0, 1.0).reshape(BATCH, HIDDEN),
         logits=uniform(stream, BATCH * EXPERTS, -2.0, 2.0).reshape(BATCH, EXPERTS),
     )
-
