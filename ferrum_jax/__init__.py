@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ferrum_jax.params import set_layer as set_layer
     from ferrum_jax.sampling import SamplingParams as SamplingParams
     from ferrum_jax.sampling import sample as sample
+    from ferrum_jax.saving import load_params as load_params
+    from ferrum_jax.saving import save_params as save_params
     from ferrum_kernels import PackedLinear as PackedLinear
     from ferrum_kernels import dequantize as dequantize
     from ferrum_kernels import gptq_matmul as gptq_matmul
@@ -54,6 +56,7 @@ _NAMES = {
     "ferrum_jax.moe": ("combine", "dispatch", "moe_layer", "route"),
     "ferrum_jax.params": ("abstract", "layer", "random_params", "set_layer"),
     "ferrum_jax.sampling": ("SamplingParams", "sample"),
+    "ferrum_jax.saving": ("load_params", "save_params"),
     "ferrum_kernels": ("PackedLinear", "dequantize", "gptq_matmul", "grouped_gptq_matmul"),
 }
 # No public name may equal a submodule's: importing the submodule would replace the name.

@@ -131,12 +131,9 @@ keep(figure, "routing.png")
 difference = share[:, 1] - share[:, 0]
 for flat in np.argsort(-difference.ravel())[:4]:
     layer, number = divmod(int(flat), E)
-    read = [repr(tokenizer.decode([int(token)])) for token in tokens[1][chosen[layer, 1, :, 0] == number]]
+    first = dict.fromkeys(tokenizer.decode([int(token)]) for token in tokens[1][chosen[layer, 1, :, 0] == number])
     tale, talk = share[layer, :2, number]
-    print(
-        f"layer {layer} expert {number:2}: {tale:4.0%} of the tale, {talk:4.0%} of the talk, first choice for", end=" "
-    )
-    print(*dict.fromkeys(map(repr, read)))
+    print(f"layer {layer} expert {number:2}: {tale:4.0%} of the tale, {talk:4.0%} of the talk, first for {list(first)}")
 
 # %% [markdown]
 # ## Take an expert away
@@ -184,9 +181,8 @@ keep(figure, "ablation.png")
 
 # %%
 worst_layer, worst = divmod(int(harm.argmax()), E)
-edited = dataclasses.replace(
-    model, params=fj.set_layer(params, worst_layer, without(fj.layer(params, worst_layer), worst))
-)
+changed = fj.set_layer(params, worst_layer, without(fj.layer(params, worst_layer), worst))
+edited = dataclasses.replace(model, params=changed)
 PROMPT = "The king had three sons, and the youngest"
 for title, one in (("intact", model), (f"without expert {worst} of layer {worst_layer}", edited)):
     print(f"{title}:\n  {PROMPT}{fj.generate(one, [PROMPT], max_tokens=40, temperature=0.0)[0]}\n")
@@ -229,9 +225,8 @@ print("same as the whole model:", np.allclose(before, jax.nn.log_softmax(logits[
 # The slope along the gradient is its squared norm: a check that the chain through the router holds.
 step = 1e-2 / jnp.linalg.norm(gradient)
 (more, _), (less, _) = (study(hidden + sign * step * gradient, word)[0] for sign in (1, -1))
-print(
-    f"slope by finite difference {float((more - less) / (2 * step)):.4f}, by jax.grad {float((gradient**2).sum()):.4f}"
-)
+slope = (more - less) / (2 * step)
+print(f"slope by finite difference {float(slope):.4f}, by jax.grad {float((gradient**2).sum()):.4f}")
 
 # %% [markdown]
 # Walk some way against the gradient, and the model expects a wolf.

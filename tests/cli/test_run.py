@@ -174,13 +174,13 @@ def test_a_conversation_of_texts():
 def test_ctrl_c_in_a_conversation_stops_the_answer_and_twice_leaves():
     with Terminal("run", "demo", "--max-tokens", "2000", NO_COLOR="1") as screen:
         screen.wait_for("\n> ")
-        screen.type("\x03")
+        screen.interrupt()
         screen.wait_for("Ctrl-C again leaves.\r\n> ")
         screen.type("Once upon a time\n")
         screen.wait_for(", the King's")
-        screen.type("\x03")
+        screen.interrupt()
         screen.wait_for(r"\[interrupted\]\r\n> ")
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.exit_code() == 130
         assert "Traceback" not in screen.output
     with Terminal("run", "demo", "--quiet") as screen:

@@ -20,7 +20,7 @@ FLOORS = (
     {"buckets", "chat", "config", "kernels", "sampling", "tokenizer"},
     {"cache", "layers", "moe", "params", "rope"},
     {"checkpoint", "model"},
-    {"generation", "nnx"},
+    {"generation", "nnx", "saving"},
     {"cli"},
 )
 FLOOR = {module: height for height, modules in enumerate(FLOORS) for module in modules}

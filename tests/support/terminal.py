@@ -57,9 +57,14 @@ class Terminal:
         os.close(self._theirs)
 
     def type(self, text: str) -> None:
-        """Send keys; "\\x03" is Ctrl-C and "\\x04" Ctrl-D. Forgets the output so far."""
+        """Send keys; "\\x04" is Ctrl-D. Forgets the output so far."""
         self.output = ""
         os.write(self._ours, text.encode())
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C, not sooner than a person would: input() loses a signal that comes just as it begins to wait."""
+        time.sleep(0.5)
+        self.type("\x03")
 
     def wait_for(self, pattern: str, seconds: float = 120) -> str:
         """Read until the output since the last keys holds a match; returns that output."""
