@@ -40,7 +40,8 @@ def test_the_cache_is_on_in_the_users_cache_folder_and_private(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = enable_compile_cache()
-    assert folder == tmp_path / "ferrum_jax" / "xla" and folder.stat().st_mode & 0o777 == 0o700
+    assert folder is not None and folder == tmp_path / "ferrum_jax" / "xla"
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert jax.config.values["jax_compilation_cache_dir"] == str(folder)
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert compile_cache_folder() == Path.home() / ".cache" / "ferrum_jax" / "xla"

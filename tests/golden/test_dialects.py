@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,9 +18,12 @@ from tests.support.checkpoint_writer import MIXED_DYNAMIC, Edit, Tensors, TinySp
 
 IDS = np.random.default_rng(0).integers(2, 97, 12).astype(np.int32)
 BITS = [2, 3, 4, 8]
-ODD = {"hidden_size": 72, "moe_intermediate_size": 40}  # not multiples of 32: words padded, a short last group
-FEWER = {"num_experts": 4, "num_layers": 1}
-UNPACKED_GATE = {r"-:.*gate_proj": {}}
+ODD: dict[str, Any] = {
+    "hidden_size": 72,
+    "moe_intermediate_size": 40,
+}  # not multiples of 32: words padded, a short last group
+FEWER: dict[str, Any] = {"num_experts": 4, "num_layers": 1}
+UNPACKED_GATE: dict[str, Any] = {r"-:.*gate_proj": {}}
 
 SPECS = {
     **{f"{bits}-bit asym, one group": TinySpec(bits=bits, sym=False, group_size=-1, **FEWER) for bits in BITS},
@@ -94,7 +98,14 @@ def test_gate_and_up_packed_differently_stay_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_symmetric_zero_points_tell_an_absent_format(version: str, tmp_path: Path) -> None:
     number = {"gptq": 1, "gptq_v2": 2}[version]
-    folder = write_checkpoint(tmp_path, TinySpec(checkpoint_format=None, zeros_version=number, **FEWER))
+    folder = write_checkpoint(
+        tmp_path,
+        TinySpec(
+            checkpoint_format=None,
+            zeros_version=number,  # type: ignore[arg-type]
+            **FEWER,
+        ),
+    )
     judge = reader.read_checkpoint(folder)
     judge.quantization["checkpoint_format"] = version
     assert assert_same_logits(folder, judge).report.version == version

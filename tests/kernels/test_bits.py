@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from ferrum_kernels.errors import ShapeError
 from tests.support.checkpoint_writer import pack_fields
 from tests.support.numpy_reader import unpack_fields
 
+variants: Any = chex.variants  # chex has no types for its decorators
 widths = st.sampled_from(SUPPORTED_BITS)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -59,7 +62,7 @@ def test_signed_codes_pack_like_unsigned_ones():
 class TracedBitsTest(chex.TestCase):
     """JAX arrays take the same path as numpy arrays, traced or not. Counts are fixed, because each one compiles."""
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @variants(with_jit=True, without_jit=True)
     def test_jax_arrays_give_what_numpy_arrays_give(self):
         def check(bits, axis, shape):
             packing = self.variant(lambda codes: pack(codes, bits, axis))

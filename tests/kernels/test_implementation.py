@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from ferrum_kernels import default_implementation, gptq_matmul, grouped_gptq_matmul, ops
@@ -13,6 +13,7 @@ from tests.support.gptq_cases import make_linear, make_stack
 
 X = normal(0, 5, 37)
 W, _ = make_linear(0)
+SIZES = jnp.array([2, 3])
 NO_KERNEL = (
     r"this version has no GPTQ kernel for the platform 'cuda'; kernels exist for cpu, METAL and mps\. "
     r'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU\.'
@@ -46,7 +47,7 @@ def test_a_platform_without_a_kernel_is_told_what_to_do(monkeypatch):
     with pytest.raises(BackendError, match=NO_KERNEL):
         gptq_matmul(X, W)
     with pytest.raises(BackendError, match=NO_KERNEL):
-        grouped_gptq_matmul(X, make_stack(0, 2)[0], np.array([2, 3], np.int32))
+        grouped_gptq_matmul(X, make_stack(0, 2)[0], SIZES)
 
 
 def test_none_takes_the_platform_s_best(ran):
@@ -77,7 +78,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(BackendError, match=message):
         gptq_matmul(X, W, implementation="triton")
     with pytest.raises(BackendError, match=message):
-        grouped_gptq_matmul(X, make_stack(0, 2)[0], np.array([2, 3], np.int32), implementation="triton")
+        grouped_gptq_matmul(X, make_stack(0, 2)[0], SIZES, implementation="triton")
 
 
 def test_an_empty_sequence_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def abstract_stack(*lead: int) -> PackedLinear:
 
 
 @functools.cache
-def compiled(implementation: str, experts: int, layers: int | None = None):
+def compiled(implementation: str, experts: int, layers: int | None = None) -> Any:
     rows = max_blocks(P, experts, BLOCK) * BLOCK
 
     def one_layer(x, stack, ids):
@@ -111,7 +112,7 @@ def config(experts: int) -> fj.ModelConfig:
 
 
 @functools.cache
-def compiled_decode(experts: int, implementation: str):
+def compiled_decode(experts: int, implementation: str) -> Any:
     cfg = dataclasses.replace(config(experts), implementation=implementation)
     cache = jax.eval_shape(lambda: fj.init_cache(cfg, batch=1, length=16))
     step = jax.jit(fj.decode_step, static_argnames="cfg", donate_argnames="cache")

@@ -45,16 +45,17 @@ def test_inputs_are_bit_for_bit_those_of_the_seed():
     assert one.qweight[0, :2].tolist() == [0x439C82A1, 0x16E27232]
     assert one.qweight[7, 63] == jump(0xA, 512)
     np.testing.assert_array_equal(
-        one.scales[0, :3], np.float32([0.09751864522695541, 0.02137039415538311, 0.0961214005947113])
+        one.scales[0, :3], np.array([0.09751864522695541, 0.02137039415538311, 0.0961214005947113], np.float32)
     )
     assert unpack_fields(one.qzeros, 4, 64)[0, :3].tolist() == [11, 13, 10]
     assert unpack_fields(one.qzeros, 4, 64)[1, 63] == jump(0xA, 512 + 128 + 128) % 16
     assert case().down[3].qweight[0, 0] == jump(0xB + 3, 1)
     np.testing.assert_array_equal(
-        case().x[0, :3], np.float32([-0.5896451473236084, 0.45068347454071045, 0.3265957832336426])
+        case().x[0, :3], np.array([-0.5896451473236084, 0.45068347454071045, 0.3265957832336426], np.float32)
     )
     np.testing.assert_array_equal(
-        case().logits[0], np.float32([0.7835547924041748, -1.3515465259552002, 1.268216609954834, -1.297976016998291])
+        case().logits[0],
+        np.array([0.7835547924041748, -1.3515465259552002, 1.268216609954834, -1.297976016998291], np.float32),
     )
     last = np.float32(jump(0xC0FFEE, 340) % 2**24) / np.float32(2**24)
     assert case().logits[4, 3] == np.float32(-2) + last * np.float32(4)
@@ -144,7 +145,11 @@ class TestParity:
         counts = np.bincount(pair_expert, minlength=EXPERTS)
         starts = np.cumsum(counts) - counts
         # The seed runs the busiest expert first.
-        batch = [(e, starts[e], starts[e], counts[e]) for e in np.argsort(-counts, kind="stable") if counts[e]]
+        batch = [
+            (int(e), int(starts[e]), int(starts[e]), int(counts[e]))
+            for e in np.argsort(-counts, kind="stable")
+            if counts[e]
+        ]
 
         def dirty(columns: int) -> jax.Array:
             return jnp.where(jnp.arange(len(order) * columns) % 2 == 0, 7.0, -11.0).reshape(len(order), columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -18,6 +19,7 @@ from ferrum_kernels.blocks import Dispatch, max_blocks, pick_block, to_blocks
 from tests.support.close import assert_close, normal
 from tests.support.gptq_cases import make_stack
 
+variants: Any = chex.variants  # chex has no types for its decorators
 T, K, E = 5, 2, 4
 STACK, DENSE = make_stack(0, E, act_order=True)
 make_plan = jax.jit(dispatch, static_argnums=(1, 2))
@@ -69,7 +71,7 @@ def test_each_pair_goes_to_its_expert_exactly_once(tokens, k, experts, block):
 
 
 class VariantsTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @variants(with_jit=True, without_jit=True)
     def test_dispatch_is_deterministic_traced_or_not(self):
         plan_of = self.variant(functools.partial(dispatch, num_experts=E, block=2))
 

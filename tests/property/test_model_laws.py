@@ -19,7 +19,7 @@ from ferrum_jax.config import ModelConfig, RopeConfig
 from tests.support.tiny import CONFIGS, DENSE, decode_step, forward, prefill, tiny_config
 
 ROWS, TOKENS, SLOTS, VOCAB = 3, 6, 12, 61  # one shape, so that every law compiles once
-CLOSE = {"rtol": 0.0, "atol": 2e-5}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}
 
 token_ids = hnp.arrays(np.int32, (ROWS, 2 * TOKENS), elements=st.integers(0, VOCAB - 1))
 counts = hnp.arrays(np.int32, ROWS, elements=st.integers(0, TOKENS))

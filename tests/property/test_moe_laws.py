@@ -29,7 +29,7 @@ MIXED = tiny_config(
     quant=QuantConfig(group_size=16, dynamic=((r"-:.*experts\.1\.", None), (r".*up_proj", (("bits", 8),)))),
 )
 CONFIGS = {"symmetric": CFG, "asymmetric, act-order": ASYM, "mixed, gate and up apart": MIXED}
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 
 Params = dict[str, Any]
 configs = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)

@@ -10,8 +10,8 @@ import numpy as np
 ROUNDING = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-    """float32 standard normal numbers."""
+def normal(seed: int, *shape: int) -> Any:
+    """A numpy array of float32 standard normal numbers; untyped, as JAX functions take it as it is."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 

@@ -36,7 +36,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(settings | changes))
 
 
-DENSE = {"model_type": "qwen3", "num_experts": 0, "top_k": 0, "moe_intermediate_size": 0}
+DENSE: dict[str, Any] = {"model_type": "qwen3", "num_experts": 0, "top_k": 0, "moe_intermediate_size": 0}
 CONFIGS = {
     "qwen3_moe, a dense layer, a window": tiny_config(moe_layers=(True, False), sliding_windows=(None, 3)),
     "mixtral, asymmetric, act-order": tiny_config(
