@@ -1,6 +1,7 @@
 """Buckets hold what they say, and a step compiles once per bucket or names the argument that would make it compile."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def test_fit_is_the_smallest_bucket_that_holds(size: int) -> None:
 def test_prefill_ladder_wastes_at_most_half_an_octave() -> None:
     ladder = Buckets().prefill
     assert ladder[:5] == (16, 24, 32, 48, 64) and ladder[-1] == 512
-    assert all(b / a <= 1.5 for a, b in zip(ladder, ladder[1:], strict=False))
+    assert all(b / a <= 1.5 for a, b in itertools.pairwise(ladder))
 
 
 def test_nothing_fits_beyond_the_largest() -> None:

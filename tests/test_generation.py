@@ -1,4 +1,4 @@
-"""Generation: stopping, streams, batches, seeds, log-probabilities, capacity, and no compilation outside the buckets."""
+"""Generation: stopping, streams, batches, seeds, log-probabilities, capacity; no compilation outside the buckets."""
 
 import dataclasses
 import re
@@ -43,7 +43,8 @@ def test_greedy_generation_is_argmax_of_forward(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.9, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}]
+    "options",
+    [{}, {"temperature": 0.9, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}],
 )
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model: Model, options: dict) -> None:
     together = list(stream_batch(model, PROMPTS, max_tokens=12, **options))
@@ -155,7 +156,7 @@ def test_a_row_with_broken_logits_ends_and_leaves_the_others_alone(model: Model)
     steps = list(stream_batch(bad, PROMPTS[:2], max_tokens=4))
     assert [step.finish_reason for step in steps if step.row == 1] == ["nonfinite_logits"]
     assert tokens(steps, 0) == tokens(list(fj.stream_generate(model, PROMPTS[0], max_tokens=4)))
-    with pytest.raises(BackendError, match=r"prompt 1 gave logits that are NaN or infinite after 1 tokens\. Try dtype="):
+    with pytest.raises(BackendError, match=r"prompt 1 gave logits that are NaN or infinite after 1 tokens\. Try"):
         fj.generate(bad, PROMPTS[:2], max_tokens=4)
 
 
@@ -165,7 +166,7 @@ def test_the_context_limits_the_answer(model: Model) -> None:
     ids = model.tokenizer.encode(PROMPTS[2])[:10]
     steps = list(fj.stream_generate(short, ids, max_tokens=100))
     assert len(steps) == 14 and steps[-1].finish_reason == "length"
-    with pytest.raises(CapacityError, match=r"prompt 0 has 24 tokens; this model's context is 24, and the answer needs"):
+    with pytest.raises(CapacityError, match=r"prompt 0 has 24 tokens; this model's context is 24, and the"):
         fj.stream_generate(short, ids * 2 + ids[:4])
 
 
@@ -173,14 +174,14 @@ def test_the_context_limits_the_answer(model: Model) -> None:
     ("call", "error"),
     [
         (lambda m: fj.stream_generate(m, ""), "prompt 0 is empty; give at least one token"),
-        (lambda m: fj.stream_generate(m, [1, 4096]), "prompt 0 holds token ids 1 to 4096; this model's vocabulary is 0"),
-        (lambda m: fj.stream_generate(m, [-1]), "prompt 0 holds token ids -1 to -1; this model's vocabulary is 0 to 4095"),
+        (lambda m: fj.stream_generate(m, [1, 4096]), "prompt 0 holds token ids 1 to 4096; this model's vocabulary is"),
+        (lambda m: fj.stream_generate(m, [-1]), "prompt 0 holds token ids -1 to -1; this model's vocabulary is"),
         (lambda m: fj.stream_generate(m, "a", temprature=1.0), "'temprature' is not a sampling value; accepted are"),
         (lambda m: fj.stream_generate(m, "a", SamplingParams(), seed=1), "either as SamplingParams or as keywords"),
         (lambda m: stream_batch(m, "a"), "prompts is one string; give a list of prompts, or use stream_generate"),
         (lambda m: stream_batch(m, ["a"], [SamplingParams()], seed=1), "per prompt or as keywords, not both"),
         (lambda m: stream_batch(m, ["a", "b"], [SamplingParams()]), "there are 2 prompts and 1 SamplingParams"),
-        (lambda m: fj.stream_generate(m, "a", stop_token_ids=(5000,)), "stop_token_ids names token 5000, but the vocab"),
+        (lambda m: fj.stream_generate(m, "a", stop_token_ids=(5000,)), "stop_token_ids names token 5000, but the"),
     ],
 )
 def test_bad_requests_are_refused_at_the_call(model: Model, call: object, error: str) -> None:

@@ -30,7 +30,13 @@ IDS = np.random.default_rng(0).integers(2, 97, 12).astype(np.int32)
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.0.mlp.experts.3.up_proj"
 SMALL = TinySpec(num_experts=4, num_layers=1)
-WORDS_ONLY: dict[str, Any] = {"hidden_size": 8, "head_dim": 2, "num_kv_heads": 4, "moe_intermediate_size": 8, "group_size": -1}
+WORDS_ONLY: dict[str, Any] = {
+    "hidden_size": 8,
+    "head_dim": 2,
+    "num_kv_heads": 4,
+    "moe_intermediate_size": 8,
+    "group_size": -1,
+}
 
 forward = jax.jit(fj.forward, static_argnames="cfg")
 
