@@ -5,14 +5,15 @@
 #   make types       check types (pyright)
 #   make wheel-test  build sdist and wheel, install the wheel elsewhere and use it
 #   make clean       remove what the others made
-# Options: PYTHON=/path/to/python3   VENV=folder   PROMPT="..."   ARGS="arguments for pytest"
+# Options: PYTHON=/path/to/python3   VENV=folder   PROMPT="..."   SEED=1   ARGS="arguments for pytest"
 
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 endif
 VENV ?= .venv
-PROMPT ?= Once upon a time
+PROMPT ?= Once upon a time there was a king who had three daughters
+SEED ?= 4
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ help:
 
 demo:
 	$(INSTALL)
-	@"$(BIN)/ferrum-jax" run demo "$(PROMPT)"
+	@"$(BIN)/ferrum-jax" run demo "$(PROMPT)" --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1 --seed $(SEED)
 
 test:
 	$(INSTALL) test

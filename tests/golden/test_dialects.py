@@ -100,11 +100,7 @@ def test_symmetric_zero_points_tell_an_absent_format(version: str, tmp_path: Pat
     number = {"gptq": 1, "gptq_v2": 2}[version]
     folder = write_checkpoint(
         tmp_path,
-        TinySpec(
-            checkpoint_format=None,
-            zeros_version=number,  # type: ignore[arg-type]
-            **FEWER,
-        ),
+        TinySpec(checkpoint_format=None, zeros_version=number, **FEWER),  # type: ignore[arg-type]
     )
     judge = reader.read_checkpoint(folder)
     judge.quantization["checkpoint_format"] = version
