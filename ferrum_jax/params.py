@@ -134,16 +134,12 @@ def assemble(plan: Plan, top: Callable[[str], Any], layer_of: Callable[[int, int
     params: dict[str, Any] = {name: jax.tree.map(jnp.asarray, top(name)) for name in plan.top}
     runs = []
     for i, run in enumerate(plan.runs):
-        stacks = _zeros(run.tree)
+        stacks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), run.tree)
         for offset in range(len(run.sources)):
             stacks = jax.tree.map(partial(_fill, offset), layer_of(i, offset), stacks)
         runs.append(stacks)
     params["layers"] = tuple(runs)
     return params
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree))()
 
 
 _put = jax.jit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ferrum_jax.kernels import MixedStack, PackedLinear
 from tests.support import damage
 from tests.support import numpy_reader as reader
 from tests.support.checkpoint_writer import MIXED_DYNAMIC, Edit, Tensors, TinySpec, write_checkpoint
+from tests.support.compiling import quickly
 
 IDS = np.random.default_rng(0).integers(2, 97, 12).astype(np.int32)
 BITS = [2, 3, 4, 8]
@@ -60,6 +62,12 @@ SPECS = {
 }
 
 forward = jax.jit(fj.forward, static_argnames="cfg")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly() -> Iterator[None]:
+    with quickly():
+        yield
 
 
 def assert_same_logits(folder: Path, judge: reader.Checkpoint | None = None) -> fj.Model:

@@ -1,0 +1,21 @@
+"""Compiling faster, for tests that compile much and compute little."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+OPTION = "jax_disable_most_optimizations"
+
+
+@contextmanager
+def quickly() -> Iterator[None]:
+    """Leave most of XLA's optimisations out, as long as the block runs; the goldens are compiled with all of them."""
+    before = jax.config.values[OPTION]
+    jax.config.update(OPTION, True)
+    try:
+        yield
+    finally:
+        jax.config.update(OPTION, before)
