@@ -40,7 +40,6 @@ SPECS = {
     "3-bit sym": TinySpec(bits=3, **FEWER),
     "one group, act-order": TinySpec(group_size=-1, desc_act=True, **FEWER),
     "odd last group, act-order": TinySpec(sym=False, desc_act=True, **ODD, **FEWER),
-    "odd last group, 3-bit": TinySpec(bits=3, sym=False, **ODD, **FEWER),
     "mixed experts": TinySpec(dynamic=MIXED_DYNAMIC),
     "mixed experts, asym act-order": TinySpec(dynamic=MIXED_DYNAMIC, sym=False, desc_act=True),
     "gate plain, up packed": TinySpec(dynamic=UNPACKED_GATE, **FEWER),
