@@ -46,5 +46,6 @@ wheel-test:
 	@"$(BIN)/python" tests/packaging/wheel_test.py
 
 clean:
-	rm -rf .venv .cache .ci/.cache .hypothesis .pytest_cache .ruff_cache build dist
+	rm -rf .venv .cache .ci/.cache .hypothesis .pytest_cache .ruff_cache build dist kernels/ferrum_kernels/libferrum_cpu.*
+	find kernels/cmake -mindepth 1 ! -name CMakeLists.txt -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

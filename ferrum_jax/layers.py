@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kernels import PackedLinear, gptq_matmul
+from ferrum_jax.kernels import PackedLinear, default_implementation, gptq_matmul
+from ferrum_kernels import cpu
 from ferrum_kernels.contract import einsum
 
 
@@ -35,28 +37,54 @@ def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float)
     return (y * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+# Up to this many rows a plain product is bound by reading the weight, and widening 16-bit weights first costs more.
+FEW_ROWS = 16
+
+
 def linear(
-    x: jax.Array, weight: Any, cfg: ModelConfig, bias: jax.Array | None = None, out_dtype: Any = None
+    x: jax.Array,
+    weight: Any,
+    cfg: ModelConfig,
+    bias: jax.Array | None = None,
+    out_dtype: Any = None,
+    layer: jax.Array | int | None = None,
 ) -> jax.Array:
     """x @ weight + bias for a packed or a plain weight.
 
     Args:
       x: [..., K].
-      weight: PackedLinear of shape (K, N), or an array [K, N].
-      cfg: its `implementation` chooses the kernel of packed weights.
+      weight: PackedLinear of shape (K, N), or an array [K, N]; a stack [L] of them when `layer` is given.
+      cfg: its `implementation` chooses the kernel.
       bias: [N] or None.
       out_dtype: of the result; None means x.dtype. Sums are float32 in any case.
+      layer: index into the stack, so that a scan over layers copies no weight.
 
     Returns:
       [..., N].
     """
     if isinstance(weight, PackedLinear):
-        y = gptq_matmul(x, weight, implementation=cfg.implementation, out_dtype=jnp.float32)
+        wide = out_dtype if bias is None else jnp.float32
+        y = gptq_matmul(x, weight, layer=layer, implementation=cfg.implementation, out_dtype=wide)
     else:
-        y = einsum("...k,kn->...n", x, weight.astype(x.dtype))
+        y = _plain_product(x, weight, cfg, layer)
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(out_dtype or x.dtype)
+
+
+def _plain_product(x: jax.Array, weight: jax.Array, cfg: ModelConfig, layer: Any) -> jax.Array:
+    rows = math.prod(x.shape[:-1])
+    if 0 < rows <= FEW_ROWS and uses_cpu_kernels(cfg):
+        y = cpu.dense_product(x.reshape(rows, -1), weight, layer)
+        return y.reshape(*x.shape[:-1], weight.shape[-1])
+    if layer is not None:
+        weight = lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
+    return einsum("...k,kn->...n", x, weight.astype(x.dtype))
+
+
+def uses_cpu_kernels(cfg: ModelConfig) -> bool:
+    """Whether what is not a packed product runs on the CPU kernels too."""
+    return (default_implementation() if cfg.implementation is None else cfg.implementation) in cpu.NAMES
 
 
 def attention(
@@ -88,21 +116,22 @@ def attention(
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def mlp(params: dict[str, Any], x: jax.Array, cfg: ModelConfig) -> jax.Array:
+def mlp(params: dict[str, Any], x: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None = None) -> jax.Array:
     """Gated dense MLP: down(silu(gate(x)) * up(x)).
 
     Args:
       params: {"gate", "up", "down"}, packed or plain weights.
       x: [..., D].
       cfg: see `linear`.
+      layer: index into weights that have a layer axis.
 
     Returns:
       [..., D].
 
     Source: SwiGLU, arXiv 2002.05202.
     """
-    gate, up = linear(x, params["gate"], cfg), linear(x, params["up"], cfg)
-    return linear(silu_mul(gate, up), params["down"], cfg)
+    gate, up = (linear(x, params[name], cfg, layer=layer) for name in ("gate", "up"))
+    return linear(silu_mul(gate, up), params["down"], cfg, layer=layer)
 
 
 def silu_mul(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 from ferrum_jax.cache import KVCache, write
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import CapacityError, RequestError, ShapeError
-from ferrum_jax.kernels import default_implementation
-from ferrum_jax.layers import attention, linear, mlp, rms_norm
+from ferrum_jax.kernels import MixedStack, PackedLinear, default_implementation
+from ferrum_jax.layers import attention, linear, mlp, rms_norm, uses_cpu_kernels
 from ferrum_jax.moe import Routing, moe_layer
-from ferrum_jax.rope import apply_rope, rope_frequencies
+from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
+from ferrum_kernels import cpu
 from ferrum_kernels.contract import einsum, is_traced
 
 Params = dict[str, Any]
@@ -69,12 +70,14 @@ def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: None, _: Any) -> tuple:
-        return attention(q, k, v, _visible(positions, positions, window)), state
+    angles = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_position, jnp.full(batch, length, jnp.int32))
+
+    def attend(p: Params, x: jax.Array, state: None, at: Place) -> tuple[jax.Array, None]:
+        q, k, v = _heads(_project(p, x, at, cfg), p, positions, angles, cfg)
+        return attention(q, k, v, _visible(positions, positions, at.window)), state
 
     x = _embed(params, tokens, cfg)
-    seq_len = jnp.full(batch, length, jnp.int32)
-    y, _, seen = _run_layers(params, x, positions, seq_len, None, cfg, attend, None, with_aux)
+    y, _, seen = _run_layers(params, x, None, cfg, attend, None, with_aux)
     y = rms_norm(y, params["norm"], cfg.rms_norm_eps)
     logits = _logits(params, y, cfg)
     if not with_aux:
@@ -154,25 +157,12 @@ def _extend(
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     positions = cache.lengths[:, None] + offsets
     total = cache.lengths + lengths
-    slots = jnp.broadcast_to(jnp.arange(cache.capacity, dtype=jnp.int32)[None], (batch, cache.capacity))
-    # jax-metal has no scatter; everywhere else it is what writes in place.
-    scatter = _implementation(cfg) != "apple"
-
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: tuple, layer: jax.Array
-    ) -> tuple[jax.Array, tuple]:
-        keys, values = (
-            write(buffer, new, layer, cache.lengths, lengths, scatter)
-            for buffer, new in zip(state, (k, v), strict=True)
-        )
-        k, v = (lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False).astype(q.dtype) for buffer in (keys, values))
-        # An unseen value weighs zero, and zero times a NaN that a slot once held would still be NaN.
-        v = jnp.where((slots < total[:, None])[..., None, None], v, 0)
-        return attention(q, k, v, _visible(positions, slots, window)), (keys, values)
+    angles = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_position, total)
+    attend = (_attend_on_cpu if _takes_cpu_attention(cfg) else _attend)(positions, angles, cache.lengths, lengths, cfg)
 
     x = _embed(params, tokens, cfg)
     mask = offsets < lengths[:, None]
-    x, (k, v), _ = _run_layers(params, x, positions, total, mask, cfg, attend, (cache.k, cache.v), False)
+    x, (k, v), _ = _run_layers(params, x, mask, cfg, attend, (cache.k, cache.v), False)
     last = jnp.clip(lengths - 1, 0)[:, None, None]
     y = rms_norm(jnp.take_along_axis(x, last, axis=1)[:, 0], params["norm"], cfg.rms_norm_eps)
     possible = (lengths >= 0) & (lengths <= length) & (total <= cache.capacity)
@@ -180,47 +170,87 @@ def _extend(
     return logits, KVCache(k=k, v=v, lengths=total)
 
 
+class Place(NamedTuple):
+    """Where a layer lies: in its run of stacked layers and in the model, and how far back it looks."""
+
+    index: jax.Array
+    layer: jax.Array
+    window: jax.Array
+
+
+# (weights of attention, normed hidden states [B, T, D], state, place) -> ([B, T, heads * head_dim], state)
+Attend = Callable[[Params, jax.Array, Any, Place], tuple[jax.Array, Any]]
+
+
+def _attend(
+    positions: jax.Array, angles: tuple[jax.Array, float], start: jax.Array, count: jax.Array, cfg: ModelConfig
+) -> Attend:
+    """Attention over the cache in XLA's operations."""
+    # jax-metal has no scatter; everywhere else it is what writes in place.
+    scatter = _implementation(cfg) != "apple"
+
+    def attend(p: Params, x: jax.Array, cached: tuple, at: Place) -> tuple[jax.Array, tuple]:
+        q, *new = _heads(_project(p, x, at, cfg), p, positions, angles, cfg)
+        keys, values = (
+            write(buffer, heads, at.layer, start, count, scatter) for buffer, heads in zip(cached, new, strict=True)
+        )
+        k, v = (lax.dynamic_index_in_dim(b, at.layer, 0, keepdims=False).astype(q.dtype) for b in (keys, values))
+        batch, capacity = k.shape[:2]
+        slots = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32)[None], (batch, capacity))
+        # An unseen value weighs zero, and zero times a NaN that a slot once held would still be NaN.
+        v = jnp.where((slots < (start + count)[:, None])[..., None, None], v, 0)
+        return attention(q, k, v, _visible(positions, slots, at.window)), (keys, values)
+
+    return attend
+
+
+def _attend_on_cpu(
+    positions: jax.Array, angles: tuple[jax.Array, float], start: jax.Array, count: jax.Array, cfg: ModelConfig
+) -> Attend:
+    """The same in one kernel, which reads what each row has read and no more."""
+    cosine, sine = rope_tables(positions, *angles)
+
+    def attend(p: Params, x: jax.Array, cached: tuple, at: Place) -> tuple[jax.Array, tuple]:
+        norms = (p["q_norm"], p["k_norm"]) if cfg.qk_norm else None
+        q, k, v = _project(p, x, at, cfg)
+        return cpu.attention(q, k, v, norms, cfg.rms_norm_eps, cosine, sine, cached, at.layer, start, count, at.window)
+
+    return attend
+
+
+def _takes_cpu_attention(cfg: ModelConfig) -> bool:
+    return uses_cpu_kernels(cfg) and cfg.head_dim % 2 == 0 and cfg.head_dim <= cpu.MOST_HEAD
+
+
 def _run_layers(
-    params: Params,
-    x: jax.Array,
-    positions: jax.Array,
-    seq_len: jax.Array,
-    mask: jax.Array | None,
-    cfg: ModelConfig,
-    attend: Callable[..., tuple[jax.Array, Any]],
-    state: Any,
-    with_aux: bool,
+    params: Params, x: jax.Array, mask: jax.Array | None, cfg: ModelConfig, attend: Attend, state: Any, with_aux: bool
 ) -> tuple[jax.Array, Any, list[tuple[Any, Any]]]:
     """Scan each run of stacked layers; returns (x, state, per run (hidden [n, B, T, D], Routing) or (None, None))."""
-    inv_freq, scale = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_position, seq_len)
     no_window = np.iinfo(np.int32).max
     windows = np.asarray([no_window if w is None else w for w in cfg.sliding_windows], np.int32)
     seen, start = [], 0
     for run in params["layers"]:
         count = run["input_norm"].shape[0]
 
-        def body(carry: tuple, step: tuple, run: Params = run) -> tuple[tuple, tuple]:
+        def body(carry: tuple, at: Place, run: Params = run) -> tuple[tuple, tuple]:
             x, state = carry
-            index, layer, window = step
-            p = take_layer(run, index)
+            p = take_layer(run, at.index)
             with jax.named_scope("attention"):
-                y = rms_norm(x, p["input_norm"], cfg.rms_norm_eps)
-                q, k, v = _qkv(p["attn"], y, positions, inv_freq, scale, cfg)
-                y, state = attend(q, k, v, window, state, layer)
-                attn = p["attn"]
-                x = x + linear(y.reshape(*x.shape[:2], -1), attn["o"], cfg, attn.get("o_bias"))
+                y, state = attend(p["attn"], rms_norm(x, p["input_norm"], cfg.rms_norm_eps), state, at)
+                y = y.reshape(*x.shape[:2], -1)
+                x = x + linear(y, p["attn"]["o"], cfg, p["attn"].get("o_bias"), layer=at.index)
             y = rms_norm(x, p["post_norm"], cfg.rms_norm_eps)
             routing = None
             if "moe" in p:
                 with jax.named_scope("moe"):
-                    y, routing = moe_layer(p["moe"], y, cfg, layer=index, mask=mask)
+                    y, routing = moe_layer(p["moe"], y, cfg, layer=at.index, mask=mask)
             else:
                 with jax.named_scope("mlp"):
-                    y = mlp(p["mlp"], y, cfg)
+                    y = mlp(p["mlp"], y, cfg, at.index)
             x = x + y
             return (x, state), ((x, routing) if with_aux else (None, None))
 
-        steps = (
+        steps = Place(
             jnp.arange(count, dtype=jnp.int32),
             jnp.arange(start, start + count, dtype=jnp.int32),
             jnp.asarray(windows[start : start + count]),
@@ -232,26 +262,32 @@ def _run_layers(
 
 
 def take_layer(run: Params, index: jax.Array) -> Params:
-    """Layer `index` of a run of stacked layers, expert stacks left whole."""
-    small = {key: value for key, value in run.items() if key != "moe"}
-    if "moe" in run:
-        small["moe"] = {"router": run["moe"]["router"]}
-    small = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), small)
-    if "moe" in run:
-        small["moe"]["experts"] = run["moe"]["experts"]
-    return small
+    """Layer `index` of a run of stacked layers: vectors cut out, matrices left whole for who takes a layer number."""
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, PackedLinear | MixedStack) or leaf.ndim > 2:
+            return leaf
+        return lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+
+    return jax.tree.map(take, run, is_leaf=lambda leaf: isinstance(leaf, PackedLinear | MixedStack))
 
 
-def _qkv(
-    p: Params, x: jax.Array, positions: jax.Array, inv_freq: jax.Array, scale: float, cfg: ModelConfig
+def _project(p: Params, x: jax.Array, at: Place, cfg: ModelConfig) -> tuple[jax.Array, ...]:
+    """Queries, keys and values [B, T, heads * head_dim], before their norms and rotation."""
+    return tuple(linear(x, p[name], cfg, p.get(f"{name}_bias"), layer=at.index) for name in ("q", "k", "v"))
+
+
+def _heads(
+    projected: tuple[jax.Array, ...],
+    p: Params,
+    positions: jax.Array,
+    angles: tuple[jax.Array, float],
+    cfg: ModelConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def heads(name: str, count: int) -> jax.Array:
-        return linear(x, p[name], cfg, p.get(f"{name}_bias")).reshape(*x.shape[:2], count, cfg.head_dim)
-
-    q, k, v = heads("q", cfg.num_heads), heads("k", cfg.num_kv_heads), heads("v", cfg.num_kv_heads)
+    q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in projected)
     if cfg.qk_norm:
         q, k = rms_norm(q, p["q_norm"], cfg.rms_norm_eps), rms_norm(k, p["k_norm"], cfg.rms_norm_eps)
-    return apply_rope(q, positions, inv_freq, scale), apply_rope(k, positions, inv_freq, scale), v
+    return apply_rope(q, positions, *angles), apply_rope(k, positions, *angles), v
 
 
 def _visible(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:

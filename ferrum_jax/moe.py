@@ -12,8 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
 from ferrum_jax.kernels import Dispatch, from_blocks, grouped_gptq_matmul, to_blocks
-from ferrum_jax.layers import linear, silu_mul
+from ferrum_jax.layers import linear, silu_mul, uses_cpu_kernels
+from ferrum_kernels import cpu
 from ferrum_kernels.blocks import dispatch as dispatch
+from ferrum_kernels.derivatives import differentiable
+from ferrum_kernels.ops import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ def moe_layer(
       params: {"router": [D, E], "experts": {...}} as in `params.layer(model.params, i)["moe"]`.
       x: hidden states [..., D]; leading axes are folded into tokens.
       cfg: top_k, norm_topk_prob and implementation are read.
-      layer: index into expert stacks that have a layer axis, as inside a scan over layers.
+      layer: index into a router and expert stacks that have a layer axis, as inside a scan over layers.
       mask: bool [...], False for padding tokens: they are sent to no expert and get zero.
       block: rows per block of the dispatch; None picks one for the number of tokens.
 
@@ -155,13 +158,71 @@ def moe_layer(
     """
     lead = x.shape[:-1]
     tokens = x.reshape(-1, x.shape[-1])
-    # The router runs in float32 whatever the activations: a rounded logit sends a token elsewhere.
-    logits = linear(tokens.astype(jnp.float32), params["router"], cfg)
-    routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
-    chosen: Int[Array, "T K"] = routing.experts
-    if mask is not None:
-        chosen = jnp.where(mask.reshape(-1, 1), chosen, cfg.num_experts)
-    plan = dispatch(chosen, cfg.num_experts, block)
-    y = combine(run_experts(params["experts"], tokens, plan, cfg, layer), plan, routing.weights)
+    if block is None and tokens.shape[0] and _fits_cpu_kernels(params["experts"], cfg):
+        y, routing = _on_cpu_kernels(params, tokens, cfg, layer, mask)
+    else:
+        y, routing = _step_by_step(params, tokens, cfg, layer, mask, block)
     routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, leaf.shape[-1]), routing)
     return y.astype(x.dtype).reshape(x.shape), routing
+
+
+def _step_by_step(
+    params: dict[str, Any],
+    x: jax.Array,
+    cfg: ModelConfig,
+    layer: jax.Array | int | None,
+    mask: jax.Array | None,
+    block: int | None,
+) -> tuple[jax.Array, Routing]:
+    # The router runs in float32 whatever the activations: a rounded logit sends a token elsewhere.
+    logits = linear(x.astype(jnp.float32), params["router"], cfg, layer=layer)
+    routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
+    plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts, block)
+    return combine(run_experts(params["experts"], x, plan, cfg, layer), plan, routing.weights), routing
+
+
+def _live(experts: Int[Array, "T K"], mask: jax.Array | None, cfg: ModelConfig) -> jax.Array:
+    return experts if mask is None else jnp.where(mask.reshape(-1, 1), experts, cfg.num_experts)
+
+
+def _fits_cpu_kernels(experts: dict[str, Any], cfg: ModelConfig) -> bool:
+    """Whether one kernel runs all experts: packed alike, gate and up in one stack, in a format that it takes."""
+    if not uses_cpu_kernels(cfg) or "gate_up" not in experts:
+        return False
+    return not any(map(cpu.refuses, experts.values()))
+
+
+def _on_cpu_kernels(
+    params: dict[str, Any], x: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None, mask: jax.Array | None
+) -> tuple[jax.Array, Routing]:
+    """The same layer in two kernels, which sort, multiply and combine without leaving the processor's caches."""
+    name = resolve(cfg.implementation, *params["experts"].values())
+    portable = dataclasses.replace(cfg, implementation="xla")
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+
+    def routing_of(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
+        x, router = activations
+        return cpu.route(x, router, layer, cfg.top_k, cfg.norm_topk_prob)
+
+    def routing_specified(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
+        x, router = activations
+        logits = linear(x.astype(jnp.float32), router, portable, layer=layer)
+        routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
+        return routing.logits, routing.experts, routing.weights
+
+    def experts_of(activations: tuple, constants: tuple) -> jax.Array:
+        x, weights = activations
+        chosen, experts, layer = constants
+        rounded = cpu.int8(name, x.dtype)
+        return cpu.experts(x, chosen, weights, experts["gate_up"], experts["down"], layer, rounded)
+
+    def experts_specified(activations: tuple, constants: tuple) -> jax.Array:
+        x, weights = activations
+        chosen, experts, layer = constants
+        plan = dispatch(chosen, cfg.num_experts)
+        return combine(run_experts(experts, x, plan, portable, layer), plan, weights).astype(x.dtype)
+
+    logits, experts, weights = differentiable(routing_of, routing_specified)((x, params["router"]), index)
+    chosen = _live(experts, mask, cfg)
+    y = differentiable(experts_of, experts_specified)((x, weights), (chosen, params["experts"], index))
+    return y, Routing(logits, experts, weights)

@@ -76,14 +76,18 @@ def apply_rope(x: jax.Array, positions: jax.Array, inv_freq: jax.Array, scale: f
     Source: RoFormer (arXiv 2104.09864), in the half-split layout of GPT-NeoX.
     """
     _check_shapes(x, positions, inv_freq)
+    cosine, sine = (table[..., None, :] for table in rope_tables(positions, inv_freq, scale))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def rope_tables(positions: jax.Array, inv_freq: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each position's angles, times the factor: float32 [..., T, h/2]; arguments as apply_rope."""
     if inv_freq.ndim == 1:
         inv_freq = inv_freq.reshape((1,) * (positions.ndim - 1) + inv_freq.shape)
     angle = positions.astype(jnp.float32)[..., None] * inv_freq[..., None, :]
-    cos = (jnp.cos(angle) * scale)[..., None, :]
-    sin = (jnp.sin(angle) * scale)[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
 def _check_shapes(x: jax.Array, positions: jax.Array, inv_freq: jax.Array) -> None:

@@ -6,6 +6,7 @@ first that applies and raises an ExceptionGroup when none does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels import apple, reference, xla
+from ferrum_kernels import apple, cpu, reference, xla
 from ferrum_kernels.blocks import Dispatch, dispatch_sorted, from_blocks, to_blocks
 from ferrum_kernels.contract import is_traced
+from ferrum_kernels.cpu_library import unavailable
+from ferrum_kernels.derivatives import differentiable, refuse_weight_gradients
 from ferrum_kernels.errors import BackendError, ShapeError
 from ferrum_kernels.mixed import MixedStack
 from ferrum_kernels.packed import PackedLinear, check_packed
@@ -24,8 +27,8 @@ from ferrum_kernels.packed import PackedLinear, check_packed
 Implementation = str | Sequence[str] | None
 ExpertStack = PackedLinear | MixedStack | jax.Array
 
-IMPLEMENTATIONS = ("xla", "apple", "reference")
-_BEST = {"cpu": "xla", "metal": "apple", "mps": "apple"}
+IMPLEMENTATIONS = (*cpu.NAMES, "xla", "apple", "reference")
+_BEST = {"cpu": "cpu", "metal": "apple", "mps": "apple"}
 
 
 def default_implementation(platform: str | None = None) -> str:
@@ -35,13 +38,14 @@ def default_implementation(platform: str | None = None) -> str:
       platform: a JAX platform name; None means the default device's.
 
     Returns:
-      "xla" or "apple".
+      "cpu" where its kernels were built, else "xla"; "apple" on Apple's plugins. A weight that the CPU kernels do not
+      take (2 or 3 bits) goes to "xla" all the same.
 
     Raises:
       BackendError: no kernel of this package is made for the platform.
 
-    >>> default_implementation("cpu"), default_implementation("METAL")
-    ('xla', 'apple')
+    >>> default_implementation("METAL")
+    'apple'
     """
     platform = jax.default_backend() if platform is None else platform
     if platform.lower() not in _BEST:
@@ -49,20 +53,40 @@ def default_implementation(platform: str | None = None) -> str:
             f"this version has no GPTQ kernel for the platform {platform!r}; kernels exist for cpu, METAL and mps. "
             f'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU.'
         )
-    return _BEST[platform.lower()]
+    best = _BEST[platform.lower()]
+    return "xla" if best == "cpu" and unavailable() else best
 
 
-def _first_that_applies(implementation: Implementation, run: Callable[[str], Any]) -> Any:
+def resolve(implementation: str | None, *weights: Any) -> str:
+    """The implementation that runs the products of some weights.
+
+    Args:
+      implementation: a name of IMPLEMENTATIONS, or None for the best.
+      weights: packed or plain stacks.
+
+    Returns:
+      A name of IMPLEMENTATIONS.
+
+    Raises:
+      BackendError: the name is unknown or cannot run here, or None has no kernel for this device.
+    """
     if implementation is None:
-        return run(default_implementation())
-    if isinstance(implementation, str):
-        if implementation not in IMPLEMENTATIONS:
-            raise BackendError(f"implementation={implementation!r} is unknown; accepted are None, {IMPLEMENTATIONS}.")
-        return run(implementation)
+        best = default_implementation()
+        return "xla" if best == "cpu" and any(cpu.refuses(w) for w in weights) else best
+    if implementation not in IMPLEMENTATIONS:
+        raise BackendError(f"implementation={implementation!r} is unknown; accepted are None, {IMPLEMENTATIONS}.")
+    if implementation in cpu.NAMES:
+        cpu.check(implementation, *weights)
+    return implementation
+
+
+def _first_that_applies(implementation: Implementation, weights: Sequence[Any], run: Callable[[str], Any]) -> Any:
+    if implementation is None or isinstance(implementation, str):
+        return run(resolve(implementation, *weights))
     errors: list[Exception] = []
     for name in implementation:
         try:
-            return _first_that_applies(name, run)
+            return _first_that_applies(name, weights, run)
         except BackendError as error:
             errors.append(error)
     if not errors:
@@ -102,14 +126,20 @@ def _check_activations(x: jax.Array, k: int, what: str) -> None:
 
 
 def gptq_matmul(
-    x: jax.Array, w: PackedLinear, *, implementation: Implementation = None, out_dtype: Any = None
+    x: jax.Array,
+    w: PackedLinear,
+    *,
+    layer: jax.Array | int | None = None,
+    implementation: Implementation = None,
+    out_dtype: Any = None,
 ) -> jax.Array:
     """Multiply activations by one packed weight: y = x @ W + bias.
 
     Args:
       x: float32, bfloat16 or float16 [..., K]; leading axes are free.
-      w: a single packed matrix of shape (K, N).
-      implementation: None, "xla", "apple", "reference", or a sequence of names to try in order.
+      w: a packed matrix of shape (K, N); a stack [L] of them when `layer` is given.
+      layer: index into the stack, a Python int or a traced scalar; the stack is not sliced, so nothing is copied.
+      implementation: None, a name of IMPLEMENTATIONS, or a sequence of names to try in order.
       out_dtype: of the result; None means x.dtype. Sums are float32 in any case.
 
     Returns:
@@ -117,27 +147,47 @@ def gptq_matmul(
 
     Raises:
       ShapeError: x or w has the wrong shape or dtype.
-      BackendError: the implementation named is unknown, or none is made for this device.
+      BackendError: the implementation named is unknown, cannot run here or does not take this weight.
 
     >>> w = PackedLinear(jnp.full((1, 2), 0x99999999, jnp.uint32), jnp.ones((1, 2), jnp.float16), group_size=8,
     ...                  shape=(8, 2))
     >>> gptq_matmul(jnp.ones((3, 8)), w).tolist()
     [[8.0, 8.0], [8.0, 8.0], [8.0, 8.0]]
     """
-    if w.lead:
-        raise ShapeError(f"gptq_matmul takes one matrix, this PackedLinear has leading axes {w.lead}; index it first.")
+    if len(w.lead) != (0 if layer is None else 1):
+        raise ShapeError(
+            f"this PackedLinear has leading axes {w.lead}; gptq_matmul takes one matrix, or a stack [L] with layer=."
+        )
     check_packed(w)
     _check_activations(x, w.k, "the weight")
     rows = x.reshape(-1, w.k)
+    dtype = jnp.dtype(out_dtype or x.dtype)
 
     def run(name: str) -> jax.Array:
+        if name in cpu.NAMES and rows.shape[0]:
+            return _cpu_matmul(rows, w, layer, cpu.int8(name, x.dtype), dtype)
+        one = w if layer is None else xla.expert(w, None, jnp.asarray(layer, jnp.int32))
         if name == "reference":
-            return reference.gptq_matmul(rows, w)
-        y = {"xla": xla, "apple": apple}[name].gptq_matmul(rows, w)
-        return y if w.bias is None else y + w.bias.astype(jnp.float32)[None]
+            return reference.gptq_matmul(rows, one)
+        y = xla.gptq_matmul(rows, one)
+        return y if one.bias is None else y + one.bias.astype(jnp.float32)[None]
 
-    y = _first_that_applies(implementation, run)
-    return y.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.n_per_expert)
+    y = _first_that_applies(implementation, (w,), run)
+    return y.astype(dtype).reshape(*x.shape[:-1], w.n_per_expert)
+
+
+def _cpu_matmul(x: jax.Array, w: PackedLinear, layer: Any, rounded: bool, dtype: Any) -> jax.Array:
+    def specification(x: jax.Array, constants: tuple) -> jax.Array:
+        w, layer = constants
+        one = w if layer is None else xla.expert(w, None, layer)
+        return xla.gptq_matmul(x, one).astype(out)
+
+    out = dtype if w.bias is None else jnp.dtype(jnp.float32)
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    bias = w.bias if w.bias is None or index is None else w.bias[index]
+    w = dataclasses.replace(w, bias=None)
+    y = differentiable(lambda x, c: cpu.gptq_matmul(x, *c, rounded, out), specification)(x, (w, index))
+    return y if bias is None else y + bias.astype(jnp.float32)[None]
 
 
 def grouped_gptq_matmul(
@@ -157,7 +207,7 @@ def grouped_gptq_matmul(
       groups: a Dispatch, or int32 [E] group sizes whose sum is at most P (later rows give zeros).
       layer: index into the stack's first axis, a Python int or a traced scalar. The stack is never sliced by layer,
         so a scan over layers copies no weights.
-      implementation: None, "xla", "apple", "reference", or a sequence of names to try in order.
+      implementation: None, a name of IMPLEMENTATIONS, or a sequence of names to try in order.
       out_dtype: of the result; None means x.dtype. Sums are float32 in any case.
 
     Returns:
@@ -166,7 +216,7 @@ def grouped_gptq_matmul(
 
     Raises:
       ShapeError: shapes, dtypes or the number of experts do not match, or concrete group sizes exceed P.
-      BackendError: the implementation named is unknown, or none is made for this device.
+      BackendError: the implementation named is unknown, cannot run here or does not take this stack.
 
     >>> w = PackedLinear(jnp.full((2, 1, 2), 0x99999999, jnp.uint32), jnp.ones((2, 1, 2), jnp.float16), group_size=8,
     ...                  shape=(8, 2))
@@ -207,7 +257,8 @@ def grouped_gptq_matmul(
         static = (name, plan.block, jnp.dtype(out_dtype or x.dtype), tables, n)
         return _grouped(static, rows, tuple(parts), plan, jnp.asarray(0 if layer is None else layer, jnp.int32))
 
-    y = _first_that_applies(implementation, run)
+    packed = [part for part in parts if isinstance(part, PackedLinear)]
+    y = _first_that_applies(implementation, packed, run)
     return y if isinstance(groups, Dispatch) else from_blocks(y, plan)
 
 
@@ -248,14 +299,18 @@ def _run(static: tuple, x: jax.Array, parts: tuple, plan: Dispatch, layer: jax.A
         one_layer = [jax.tree.map(lambda leaf: leaf[layer], part) if _layered(part) else part for part in parts]
         weights = reference.expert_weights(one_layer, tables, plan.num_experts)
         return reference.grouped_matmul(x, weights.mT if transpose else weights, plan).astype(dtype)
-    grouped = {"xla": xla, "apple": apple}[name].grouped_matmul
     y = jnp.zeros((x.shape[0], k if transpose else n), dtype)
     if not x.shape[0]:
         return y
     for i, part in enumerate(parts):
         table = np.append(np.arange(plan.num_experts), -1) if tables is None else np.asarray(tables[i])
         block_expert = jnp.asarray(table, jnp.int32)[plan.block_expert]
-        y = grouped(x, part, block_expert, block, layer if _layered(part) else None, y, transpose)
+        place = layer if _layered(part) else None
+        if name in cpu.NAMES and isinstance(part, PackedLinear) and not transpose:
+            y = cpu.grouped_matmul(x, part, block_expert, block, place, y, cpu.int8(name, x.dtype))
+        else:
+            grouped = apple.grouped_matmul if name == "apple" else xla.grouped_matmul
+            y = grouped(x, part, block_expert, block, place, y, transpose)
     return y
 
 
@@ -264,11 +319,7 @@ def _layered(part: PackedLinear | jax.Array) -> bool:
 
 
 def _grouped_fwd(static: tuple, x: Any, parts: Any, plan: Any, layer: Any) -> tuple[jax.Array, tuple]:
-    if any(leaf.perturbed for leaf in jax.tree.leaves(parts, is_leaf=lambda node: hasattr(node, "perturbed"))):
-        raise BackendError(
-            "grouped_gptq_matmul is differentiable with respect to activations only; a gradient of the expert "
-            "weights was asked for. Differentiate a dense copy instead: dequantize(stack)."
-        )
+    refuse_weight_gradients(parts)
     x, parts, plan, layer = jax.tree.map(
         lambda node: node.value, (x, parts, plan, layer), is_leaf=lambda node: hasattr(node, "perturbed")
     )

@@ -1,0 +1,68 @@
+// The functions that exist once per instruction set, and the choice among them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "weights.h"
+
+namespace ferrum {
+
+// Columns times rows that one call of `tile` may cover: its scratch stays within the second-level cache.
+constexpr int64_t kTileColumns = 2048;
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileSize = 8192;
+
+struct Isa {
+  const char* name;
+
+  // From how many rows a matrix product pays for wide tiles of columns instead of whole word rows.
+  int64_t wide_rows;
+
+  // y[m, c] = sum over chunks [chunk0, chunk1) of x[m] @ W[:, column0 + c], for c < columns.
+  // rows <= kTileRows, columns <= kTileColumns, rows * columns <= kTileSize (both rounded up to 16).
+  void (*tile)(const Packed& w, int64_t column0, int64_t columns, int64_t chunk0, int64_t chunk1, const Row* x,
+               int64_t rows, float* y, int64_t ldy);
+
+  // The same for a plain matrix [k, n] of `type`.
+  void (*dense_tile)(const void* w, Float type, int64_t k, int64_t n, int64_t column0, int64_t columns, int64_t chunk0,
+                     int64_t chunk1, const float* const* x, int64_t rows, float* y, int64_t ldy);
+
+  // int8 codes of a row, one scale per block: scale = max |x| / 127. A row that holds NaN or infinity gets NaN scales.
+  void (*quantize)(const float* x, const Blocks& blocks, int bits, int8_t* codes, float* scales, int32_t* sums);
+
+  void (*to_float)(const void* x, Float type, int64_t n, float* y);
+  void (*from_float)(const float* x, int64_t n, Float type, void* y);
+
+  // y = silu(gate) * up, where y may be gate.
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* y);
+
+  // y += a * x.
+  void (*axpy)(float a, const float* x, int64_t n, float* y);
+  // 1 / sqrt(mean(x^2) + eps) applied to x and multiplied by weight.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+
+  // One block of keys for grouped queries, the inner loop of streaming softmax (see attention.cc).
+  // q [rows, head], keys and values [count] rows of `type` at stride bytes; updates best [rows], total [rows] and
+  // out [rows, head]. Row r sees keys [low[r], high[r]) of the block.
+  void (*attend)(const float* q, int64_t rows, int64_t head, const void* keys, const void* values, Float type,
+                 int64_t stride, int64_t count, const int32_t* low, const int32_t* high, float* best, float* total,
+                 float* out);
+
+  // softmax over n, in place; returns false when a value is NaN or +infinity.
+  bool (*softmax)(float* x, int64_t n);
+};
+
+constexpr int64_t kKeyBlock = 64;  // keys in one call of `attend`
+constexpr int64_t kHeadMost = 256;  // the longest head
+
+// The one in use: the best this machine has, or what FERRUM_JAX_CPU_ISA names; null when that cannot be used here.
+const Isa* chosen_isa();
+
+// Takes another from now on; false, and no change, when this machine or this build does not have it.
+bool choose_isa(const char* name);
+
+// Those that this machine and this build have, worst first, separated by commas.
+const char* usable_isas();
+
+}  // namespace ferrum

@@ -1,0 +1,126 @@
+// 64-bit ARM with the dot product instructions of ARMv8.2 (Apple M1, Graviton 2, and later).
+#include <arm_neon.h>
+
+#include "isa.h"
+
+namespace ferrum {
+namespace {
+
+constexpr int64_t kWide = 4;
+using V = float32x4_t;
+using I = int32x4_t;
+
+V load(const float* x) { return vld1q_f32(x); }
+void store(float* x, V v) { vst1q_f32(x, v); }
+V set(float x) { return vdupq_n_f32(x); }
+V zero() { return vdupq_n_f32(0.f); }
+V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+V add(V a, V b) { return vaddq_f32(a, b); }
+V sub(V a, V b) { return vsubq_f32(a, b); }
+V mul(V a, V b) { return vmulq_f32(a, b); }
+V divide(V a, V b) { return vdivq_f32(a, b); }
+V max(V a, V b) { return vmaxq_f32(a, b); }
+V min(V a, V b) { return vminq_f32(a, b); }
+I loadi(const void* x) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(x))); }
+void storei(void* x, I v) { vst1q_u8(static_cast<uint8_t*>(x), vreinterpretq_u8_s32(v)); }
+I seti(int32_t x) { return vdupq_n_s32(x); }
+I addi(I a, I b) { return vaddq_s32(a, b); }
+I and_(I a, I b) { return vandq_s32(a, b); }
+template <int n>
+I srl(I a) {
+  return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), n));
+}
+template <int n>
+I sll(I a) {
+  return vshlq_n_s32(a, n);
+}
+V to_float(I a) { return vcvtq_f32_s32(a); }
+I to_int(V a) { return vcvtnq_s32_f32(a); }
+V as_float(I a) { return vreinterpretq_f32_s32(a); }
+V load_half(const uint16_t* x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
+void store_half(uint16_t* x, V v) { vst1_u16(x, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+V load_bf16(const uint16_t* x) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16)); }
+void store_bf16(uint16_t* x, V v) {
+  uint32x4_t bits = vreinterpretq_u32_f32(v);
+  uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  uint32x4_t even = vaddq_u32(bits, vaddq_u32(vdupq_n_u32(0x7FFF), odd));
+  uint32x4_t number = vceqq_f32(v, v);
+  vst1_u16(x, vshrn_n_u32(vbslq_u32(number, even, vorrq_u32(bits, vdupq_n_u32(0x400000))), 16));
+}
+
+// Four activations, the same in every lane of 32 bits.
+int8x16_t four(const int8_t* x) {
+  int32_t word;
+  __builtin_memcpy(&word, x, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(word));
+}
+
+// The instruction multiplies signed bytes: 8-bit codes are taken less 128, which `first` makes up for.
+template <int bits, int rows>
+void pass(const uint32_t* w, int64_t ld, int64_t steps, int64_t columns, const int8_t* const* x, const int32_t* first,
+          int32_t* acc, int64_t ld_acc) {
+  const uint8x16_t mask = vdupq_n_u8(15), top = vdupq_n_u8(128);
+  for (int64_t c = 0; c < columns; c += 2 * kWide) {
+    I sum[rows][2];
+    for (int m = 0; m < rows; m++)
+      for (int v = 0; v < 2; v++) sum[m][v] = first ? seti(first[m]) : loadi(acc + m * ld_acc + c + v * kWide);
+    for (int64_t i = 0; i < steps; i++) {
+      for (int v = 0; v < 2; v++) {
+        uint8x16_t word = vreinterpretq_u8_s32(loadi(w + i * ld + c + v * kWide));
+        if constexpr (bits == 4) {
+          int8x16_t even = vreinterpretq_s8_u8(vandq_u8(word, mask)), odd = vreinterpretq_s8_u8(vshrq_n_u8(word, 4));
+          for (int m = 0; m < rows; m++) {
+            sum[m][v] = vdotq_s32(sum[m][v], even, four(x[m] + i * 8));
+            sum[m][v] = vdotq_s32(sum[m][v], odd, four(x[m] + i * 8 + 4));
+          }
+        } else {
+          int8x16_t code = vreinterpretq_s8_u8(veorq_u8(word, top));
+          for (int m = 0; m < rows; m++) sum[m][v] = vdotq_s32(sum[m][v], code, four(x[m] + i * 4));
+        }
+      }
+    }
+    for (int m = 0; m < rows; m++)
+      for (int v = 0; v < 2; v++) storei(acc + m * ld_acc + c + v * kWide, sum[m][v]);
+  }
+}
+
+template <int bits>
+struct Int8 {
+  template <int rows>
+  static void dot_rows(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x,
+                       int32_t* acc, int64_t ld_acc) {
+    constexpr int codes = 32 / bits;
+    constexpr int64_t most = 8;
+    int32_t first[rows] = {};
+    if (bits == 8)
+      for (int m = 0; m < rows; m++)
+        for (int64_t i = 0; i < words * codes; i++) first[m] += 128 * x[m][i];
+    const int8_t* at[rows];
+    for (int64_t i = 0; i < words; i += most) {
+      for (int m = 0; m < rows; m++) at[m] = x[m] + i * codes;
+      int64_t steps = words - i < most ? words - i : most;
+      pass<bits, rows>(w + i * ld, ld, steps, columns, at, i ? nullptr : first, acc, ld_acc);
+    }
+  }
+
+  static void dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x, int64_t rows,
+                  int32_t* acc, int64_t ld_acc) {
+    for (int64_t m = 0; m < rows;) {
+      int32_t* to = acc + m * ld_acc;
+      int64_t left = rows - m;
+      if (left >= 4) dot_rows<4>(w, ld, words, columns, x + m, to, ld_acc), m += 4;
+      else if (left == 3) dot_rows<3>(w, ld, words, columns, x + m, to, ld_acc), m += 3;
+      else if (left == 2) dot_rows<2>(w, ld, words, columns, x + m, to, ld_acc), m += 2;
+      else dot_rows<1>(w, ld, words, columns, x + m, to, ld_acc), m += 1;
+    }
+  }
+};
+
+#include "kernels.h"
+
+}  // namespace
+
+extern const Isa isa_neon;
+const Isa isa_neon = make("neon", 5);
+
+}  // namespace ferrum
