@@ -10,6 +10,8 @@ from pathlib import Path
 from ferrum_jax.errors import BackendError, CapacityError
 
 COMPILE_CACHE = "FERRUM_JAX_COMPILE_CACHE"
+WEIGHT_CACHE = "FERRUM_JAX_WEIGHT_CACHE"
+_OFF = ("off", "0", "no", "false")
 
 
 def installed(package: str) -> str | None:
@@ -76,13 +78,43 @@ def check_memory(needed: int, what: str) -> None:
 
 def compile_cache_folder() -> Path | None:
     """Where compiled programs are kept: $FERRUM_JAX_COMPILE_CACHE, else the user's cache folder; None when off."""
-    setting = os.environ.get(COMPILE_CACHE, "")
-    if setting.lower() in ("off", "0", "no", "false"):
-        return None
-    if setting:
+    return None if switched_off(COMPILE_CACHE) else _cache_folder(COMPILE_CACHE, "xla")
+
+
+def weight_cache_folder() -> Path:
+    """Where assembled weights are kept: $FERRUM_JAX_WEIGHT_CACHE, else the user's cache folder, even when off."""
+    return _cache_folder(WEIGHT_CACHE, "weights")
+
+
+def switched_off(variable: str) -> bool:
+    """Whether the environment says off where a folder could stand."""
+    return os.environ.get(variable, "").lower() in _OFF
+
+
+def _cache_folder(variable: str, name: str) -> Path:
+    setting = os.environ.get(variable, "")
+    if setting and setting.lower() not in _OFF:
         return Path(setting)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ferrum_jax" / "xla"
+    return Path(base) / "ferrum_jax" / name
+
+
+def make_private(folder: Path) -> str | None:
+    """Make a folder that only its owner can use, unless it exists.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      None, or why the folder must not be used, in words that fit before "so".
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = folder.stat().st_mode
+    except OSError as error:
+        return f"{folder} cannot be made ({error.strerror})"
+    # What is loaded from a folder that others can write to is whatever they put there.
+    return f"{folder} can be written by everyone" if mode & 0o002 else None
 
 
 def enable_compile_cache() -> Path | None:
@@ -101,21 +133,13 @@ def enable_compile_cache() -> Path | None:
     folder = compile_cache_folder()
     if folder is None:
         return None
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        return _no_cache(f"{folder} cannot be made ({error.strerror})")
-    # Programs loaded from a folder that others can write to would run whatever they put there.
-    if folder.stat().st_mode & 0o002:
-        return _no_cache(f"{folder} can be written by everyone")
+    if why := make_private(folder):
+        warnings.warn(
+            f"{why}, so compiled programs are not kept and every start compiles again. Set {COMPILE_CACHE} to a "
+            f"folder of your own, or to off.",
+            stacklevel=2,
+        )
+        return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
-
-
-def _no_cache(why: str) -> None:
-    warnings.warn(
-        f"{why}, so compiled programs are not kept and every start compiles again. Set {COMPILE_CACHE} to a folder "
-        f"of your own, or to off.",
-        stacklevel=3,
-    )

@@ -152,7 +152,7 @@ def decode_step(
 def _extend(
     params: Params, tokens: jax.Array, lengths: jax.Array, cache: KVCache, cfg: ModelConfig
 ) -> tuple[jax.Array, KVCache]:
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     _check_room(tokens, lengths, cache)
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     positions = cache.lengths[:, None] + offsets

@@ -143,7 +143,7 @@ def moe_layer(
       params: {"router": [D, E], "experts": {...}} as in `params.layer(model.params, i)["moe"]`.
       x: hidden states [..., D]; leading axes are folded into tokens.
       cfg: top_k, norm_topk_prob and implementation are read.
-      layer: index into a router and expert stacks that have a layer axis, as inside a scan over layers.
+      layer: index into stacks that have a layer axis, as inside a scan over layers; the router may lack that axis.
       mask: bool [...], False for padding tokens: they are sent to no expert and get zero.
       block: rows per block of the dispatch; None picks one for the number of tokens.
 
@@ -175,10 +175,16 @@ def _step_by_step(
     block: int | None,
 ) -> tuple[jax.Array, Routing]:
     # The router runs in float32 whatever the activations: a rounded logit sends a token elsewhere.
-    logits = linear(x.astype(jnp.float32), params["router"], cfg, layer=layer)
+    router = params["router"]
+    logits = linear(x.astype(jnp.float32), router, cfg, layer=_router_layer(router, layer))
     routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
     plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts, block)
     return combine(run_experts(params["experts"], x, plan, cfg, layer), plan, routing.weights), routing
+
+
+def _router_layer(router: jax.Array, layer: Any) -> Any:
+    """A router may come without the layer axis that the expert stacks have."""
+    return layer if router.ndim == 3 else None
 
 
 def _live(experts: Int[Array, "T K"], mask: jax.Array | None, cfg: ModelConfig) -> jax.Array:
@@ -222,7 +228,9 @@ def _on_cpu_kernels(
         plan = dispatch(chosen, cfg.num_experts)
         return combine(run_experts(experts, x, plan, portable, layer), plan, weights).astype(x.dtype)
 
-    logits, experts, weights = differentiable(routing_of, routing_specified)((x, params["router"]), index)
+    logits, experts, weights = differentiable(routing_of, routing_specified)(
+        (x, params["router"]), _router_layer(params["router"], index)
+    )
     chosen = _live(experts, mask, cfg)
     y = differentiable(experts_of, experts_specified)((x, weights), (chosen, params["experts"], index))
     return y, Routing(logits, experts, weights)

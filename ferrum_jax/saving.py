@@ -25,18 +25,12 @@ from ferrum_jax.checkpoint.json_files import read_json
 from ferrum_jax.config import ModelConfig, QuantConfig, RopeConfig
 from ferrum_jax.environment import check_memory, installed
 from ferrum_jax.errors import BackendError, CheckpointError
-from ferrum_jax.kernels import MixedStack, PackedLinear
 from ferrum_jax.params import num_bytes
+from ferrum_jax.tree_text import abstract_from, describe, tuples
 
 VERSION = 1
 DESCRIPTION = "ferrum.json"
 ARRAYS = "arrays"
-# The dataclasses of a parameter tree, each with the fields that hold arrays; the other fields are static.
-_NODES = {
-    PackedLinear: ("qweight", "scales", "qzeros", "perm", "bias"),
-    MixedStack: ("parts",),
-}
-_KINDS = {kind.__name__: kind for kind in _NODES}
 
 
 def save_params(path: str | Path, cfg: ModelConfig, params: dict[str, Any]) -> Path:
@@ -68,7 +62,7 @@ def save_params(path: str | Path, cfg: ModelConfig, params: dict[str, Any]) -> P
         "version": VERSION,
         "orbax": installed("orbax-checkpoint"),
         "config": dataclasses.asdict(cfg),
-        "params": _describe(params, "params"),
+        "params": describe(params),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +118,7 @@ def load_params(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         )
     try:
         cfg = _config(description["config"])
-        target = _abstract(description["params"])
+        target = abstract_from(description["params"])
         files = dict(description["files"])
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         raise CheckpointError(f"{file} is damaged ({problem!r}); copy the folder again, or save again.") from problem
@@ -161,56 +155,10 @@ def _checkpointer() -> Any:
     return ocp.StandardCheckpointer()
 
 
-def _describe(node: Any, where: str) -> Any:
-    """The structure of a tree as JSON: dict -> object, tuple -> list, array -> "dtype[shape]"."""
-    if node is None:
-        return None
-    if isinstance(node, dict):
-        return {key: _describe(child, f"{where}[{key!r}]") for key, child in node.items()}
-    if isinstance(node, tuple):
-        return [_describe(child, f"{where}[{i}]") for i, child in enumerate(node)]
-    if type(node) in _NODES:
-        values = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-        for name in _NODES[type(node)]:
-            values[name] = _describe(values[name], f"{where}.{name}")
-        return {type(node).__name__: values}
-    if hasattr(node, "shape") and hasattr(node, "dtype"):
-        return f"{jnp.dtype(node.dtype).name}[{','.join(map(str, node.shape))}]"
-    raise CheckpointError(
-        f"{where} is a {type(node).__name__}; dicts, tuples, PackedLinear, MixedStack and arrays can be saved; "
-        f"convert it first."
-    )
-
-
-def _abstract(value: Any) -> Any:
-    """The abstract tree that _describe has described."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        found = re.fullmatch(r"(\w+)\[([\d,]*)\]", value)
-        if found is None:
-            raise ValueError(f"{value!r} describes no array")
-        return jax.ShapeDtypeStruct(tuple(map(int, found[2].split(","))) if found[2] else (), jnp.dtype(found[1]))
-    if isinstance(value, list):
-        return tuple(_abstract(child) for child in value)
-    if len(value) == 1 and (name := next(iter(value))) in _KINDS:
-        kind, values = _KINDS[name], value[name]
-        arrays = {field: _abstract(values[field]) for field in _NODES[kind]}
-        return kind(**{**_tuples(values), **arrays})
-    return {key: _abstract(child) for key, child in value.items()}
-
-
 def _config(value: dict[str, Any]) -> ModelConfig:
-    fields = _tuples(value)
+    fields = tuples(value)
     quant = None if fields["quant"] is None else QuantConfig(**fields["quant"])
     return ModelConfig(**{**fields, "rope": RopeConfig(**fields["rope"]), "quant": quant})
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists back to tuples."""
-    if isinstance(value, dict):
-        return {key: _tuples(child) for key, child in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _files(folder: Path) -> list[str]:

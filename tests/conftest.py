@@ -1,7 +1,9 @@
 """What every test starts from: strict promotion, caches of its own, no network, hypothesis profiles."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests.support.compiling import quickly
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,6 +37,16 @@ for name, examples in {"dev": 10, "ci": 30}.items():
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+# These compile much and compute little, like the folders whose conftest says the same.
+QUICKLY = {"test_generation", "test_nnx", "test_rope", "test_sampling"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_these_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    with quickly() if Path(str(request.path)).stem in QUICKLY else contextlib.nullcontext():
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,6 +24,7 @@ from ferrum_kernels.gptq_format import input_order
 
 FLOATS = ("F32", "F16", "BF16")
 FLOAT16_MAX = 65504.0
+BATCH = 256  # modules whose small tensors are read ahead of their examination
 POWERS_OF_TWO = tuple(2**i for i in range(3, 16))  # what quantising tools offer as group sizes
 
 
@@ -70,10 +71,13 @@ def read_dialect(
         contradict each other.
     """
     scan = _Scan(files, cfg)
-    with files.reader() as reader:
+    with files.reader(scattered=True) as reader:
         scan.reader, scan.progress = reader, progress
-        for source in _sources(cfg):
-            scan.visit(source)
+        sources = list(_sources(cfg))
+        for start in range(0, len(sources), BATCH):
+            scan.prefetch(sources[start : start + BATCH])
+            for source in sources[start : start + BATCH]:
+                scan.visit(source)
         scan.leftovers()
     version = _version(scan, cfg, checkpoint_format)
     formats = {
@@ -125,11 +129,17 @@ class _Scan:
 
     def find(self, name: str) -> str | None:
         """The name under which a tensor is stored, remembered for loading."""
-        for spelling in (name, *other_names(name)):
+        spellings = (name,) if name in self.files.tensors else other_names(name)
+        for spelling in spellings:
             if spelling in self.files.tensors:
                 self.names[name] = spelling
                 return spelling
         return None
+
+    def prefetch(self, sources: list[Vector | Linear]) -> None:
+        modules = [module for source in sources if isinstance(source, Linear) for module in source.modules]
+        found = (self.find(f"{module}.{part}") for module in modules for part in ("scales", "qzeros", "g_idx"))
+        self.reader.prefetch(name for name in found if name is not None)
 
     def read(self, stored: str) -> np.ndarray:
         self.progress(self.files.tensors[stored].nbytes)
@@ -158,26 +168,33 @@ class _Scan:
             )
         return stored
 
-    def finite(self, stored: str) -> np.ndarray:
-        values = self.read(stored)
-        if not np.isfinite(values).all():
-            bad = int((~np.isfinite(values)).sum())
-            raise CheckpointError(
-                f"{stored!r} holds {bad} values that are NaN or infinite, so every text it writes would be broken. "
-                f"Download the checkpoint again or ask its publisher."
-            )
-        return values
+    def largest(self, stored: str) -> float:
+        """The largest magnitude in a tensor of floats, all of which must be finite."""
+        self.progress(self.files.tensors[stored].nbytes)
+        largest = 0.0
+        for _, block in self.reader.blocks(stored):
+            top = largest_float(block)
+            if not np.isfinite(top):
+                bad = int((~np.isfinite(self.reader[stored])).sum())
+                raise CheckpointError(
+                    f"{stored!r} holds {bad} values that are NaN or infinite, so every text it writes would be broken. "
+                    f"Download the checkpoint again or ask its publisher."
+                )
+            largest = max(largest, top)
+        return largest
 
     def weights(self, stored: str) -> None:
-        values = self.finite(stored)
-        if self.cfg.dtype == "float16" and np.abs(values).max() > FLOAT16_MAX:
+        if self.largest(stored) > FLOAT16_MAX and self.cfg.dtype == "float16":
             raise CheckpointError(
                 f"{stored!r} holds values beyond {FLOAT16_MAX:.0f}, the largest that float16 can hold. "
                 f"Load it with dtype='bfloat16' or 'float32'."
             )
 
     def scales(self, stored: str) -> None:
-        values = self.finite(stored)
+        self.largest(stored)
+        if self.files.tensors[stored].dtype == "F16":
+            return
+        values = self.reader[stored]
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
         if not np.array_equal(half.astype(np.float32), values.astype(np.float32)):
@@ -292,9 +309,25 @@ class _Scan:
             )
 
 
+def largest_float(values: np.ndarray) -> float:
+    """The largest magnitude among floats of 16 or 32 bits; infinite or NaN if one of them is.
+
+    >>> largest_float(np.array([0.5, -2.0, 1.0], np.float16))
+    2.0
+    """
+    # Without its sign bit a float sorts as an integer, infinities and NaN last; ten times as fast as isfinite.
+    bits = values.view(f"u{values.itemsize}")
+    top = (bits & bits.dtype.type(2 ** (8 * values.itemsize - 1) - 1)).max(initial=0)
+    return float(top.view(values.dtype))
+
+
 def _constant(zeros: np.ndarray, bits: int, n: int) -> str | None:
     """The version in which all zero points are 2**(bits - 1), or None when they vary."""
     middle = 2 ** (bits - 1)
+    if n * bits % 32 == 0 and 32 % bits == 0:  # words without padding: equal codes are equal words
+        ones = (2**32 - 1) // (2**bits - 1)
+        found = {(middle - 1) * ones: "gptq", middle * ones: "gptq_v2"}.get(int(zeros[0, 0]))
+        return found if (zeros == zeros[0, 0]).all() else None
     codes = unpack(zeros, bits, n, axis=-1)
     low, high = int(codes.min()), int(codes.max())
     return {middle - 1: "gptq", middle: "gptq_v2"}.get(low) if low == high else None

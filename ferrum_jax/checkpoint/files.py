@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import mmap
+import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +22,9 @@ from ferrum_jax.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8"}
-_NUMPY |= {"I64": "<i8", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8", "C64": "<c8"}
+_NAMES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8"}
+_NAMES |= {"I64": "<i8", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8", "C64": "<c8"}
+DTYPES = {name: np.dtype(dtype) for name, dtype in _NAMES.items()}  # safetensors name -> numpy dtype
 _OTHER_FORMATS = {
     ".gguf": "GGUF files are not supported",
     ".bin": "PyTorch .bin files are not read (a pickle can run code)",
@@ -55,8 +56,11 @@ class CheckpointFiles:
         return sum(info.nbytes for info in self.tensors.values())
 
     @contextmanager
-    def reader(self) -> Iterator[TensorReader]:
+    def reader(self, scattered: bool = False) -> Iterator[TensorReader]:
         """Open the files for reading tensors; leaving the block lets every file go.
+
+        Args:
+            scattered: only small tensors here and there will be read, so the system must not read on beyond them.
 
         Returns:
             A context manager that gives a TensorReader.
@@ -67,7 +71,7 @@ class CheckpointFiles:
         ...     read["model.norm.weight"].shape
         (256,)
         """
-        reader = TensorReader(self)
+        reader = TensorReader(self, scattered)
         try:
             yield reader
         finally:
@@ -75,19 +79,22 @@ class CheckpointFiles:
 
 
 class TensorReader:
-    """Reads tensors by name, each through a memory map of its own bytes that is closed again at once.
+    """Reads tensors by name into memory of the caller; several threads may read at once.
 
-    Pages of a map count as memory of the process while it is open, so no more than one tensor is ever mapped.
+    Files are read, not mapped: pages of a map would count as memory of the process while it is open.
     """
 
-    def __init__(self, files: CheckpointFiles) -> None:
+    def __init__(self, files: CheckpointFiles, scattered: bool = False) -> None:
         """Prepare to read; nothing is opened yet.
 
         Args:
             files: the checkpoint.
+            scattered: as for CheckpointFiles.reader.
         """
-        self._files = files
+        self._files, self._scattered = files, scattered
         self._handles: dict[Path, BinaryIO] = {}
+        self._opening = threading.Lock()
+        self._buffers = threading.local()
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Read one tensor.
@@ -102,28 +109,72 @@ class TensorReader:
             CheckpointError: there is no such tensor, its elements are floats of 8 bits or fewer, or the file changed
                 since its header was read.
         """
-        info = self._files.tensors.get(name)
-        if info is None:
-            raise CheckpointError(
-                f"{self._files.folder} holds no tensor {name!r} (it holds {len(self._files.tensors)} others). "
-                "Check that config.json belongs to these weights."
-            )
-        if info.dtype not in _NUMPY:
-            raise CheckpointError(
-                f"{info.file} stores {name!r} as {info.dtype}, a type that is not supported. "
-                "Use a GPTQ checkpoint with 32-bit packed words and F16, BF16 or F32 scales."
-            )
-        dtype = np.dtype(_NUMPY[info.dtype])
-        if info.nbytes == 0:
-            return np.empty(info.shape, dtype)
-        start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
-        skip = info.offset - start
-        try:
-            file = self._open(info.file)
-            with mmap.mmap(file.fileno(), skip + info.nbytes, access=mmap.ACCESS_READ, offset=start) as window:
-                return np.frombuffer(window, dtype, math.prod(info.shape), skip).reshape(info.shape).copy()
-        except OSError as error:
-            raise unreadable(info.file, error) from error
+        info, dtype = self._find(name)
+        out = np.empty(info.shape, dtype)
+        self._fill(info, 0, out)
+        return out
+
+    def into(self, name: str, out: np.ndarray) -> None:
+        """Read one tensor to where it belongs.
+
+        Args:
+            name: as above.
+            out: contiguous, with the shape of the tensor and elements of the size of the stored ones.
+
+        Raises:
+            CheckpointError: as above.
+        """
+        info, _ = self._find(name)
+        self._fill(info, 0, out)
+
+    def blocks(self, name: str, limit: int = 2**20) -> Iterator[tuple[slice, np.ndarray]]:
+        """Read one tensor piece by piece.
+
+        Args:
+            name: as above.
+            limit: bytes per block, as far as one row allows.
+
+        Returns:
+            Iterator of (rows, block): rows of the leading axis. A block is valid until the next one is taken by the
+            same thread.
+
+        Raises:
+            CheckpointError: as above.
+        """
+        info, dtype = self._find(name)
+        count, row = info.shape[0], info.nbytes // max(info.shape[0], 1)
+        step = max(1, limit // max(row, 1))
+        size = min(step, count) * row
+        if len(getattr(self._buffers, "block", b"")) < size:
+            self._buffers.block = np.empty(size, np.uint8)
+        for start in range(0, count, step):
+            rows = min(step, count - start)
+            block = self._buffers.block[: rows * row].view(dtype).reshape(rows, *info.shape[1:])
+            self._fill(info, start * row, block)
+            yield slice(start, start + rows), block
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Ask the system to read tensors in the background, many at a time.
+
+        Args:
+            names: tensors that will be read soon.
+        """
+        for info in map(self._files.tensors.__getitem__, names):
+            _advise(self._open(info.file), info.offset, info.nbytes, "POSIX_FADV_WILLNEED")
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let the system drop tensors from its file cache, so that what is needed longer stays there.
+
+        Args:
+            names: tensors that lie side by side; what lies between them is dropped too.
+        """
+        spans: dict[Path, list[TensorInfo]] = {}
+        for info in map(self._files.tensors.__getitem__, names):
+            spans.setdefault(info.file, []).append(info)
+        for path, infos in spans.items():
+            start = min(info.offset for info in infos)
+            length = max(info.offset + info.nbytes for info in infos) - start
+            _advise(self._open(path), start, length, "POSIX_FADV_DONTNEED")
 
     def close(self) -> None:
         """Close all files."""
@@ -131,12 +182,49 @@ class TensorReader:
             handle.close()
         self._handles.clear()
 
+    def _find(self, name: str) -> tuple[TensorInfo, np.dtype]:
+        info = self._files.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self._files.folder} holds no tensor {name!r} (it holds {len(self._files.tensors)} others). "
+                "Check that config.json belongs to these weights."
+            )
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{info.file} stores {name!r} as {info.dtype}, a type that is not supported. "
+                "Use a GPTQ checkpoint with 32-bit packed words and F16, BF16 or F32 scales."
+            )
+        return info, DTYPES[info.dtype]
+
+    def _fill(self, info: TensorInfo, start: int, out: np.ndarray) -> None:
+        """Fill a contiguous array with the bytes of a tensor from `start` on."""
+        if out.nbytes == 0:
+            return
+        target = out.reshape(-1).view(np.uint8).data
+        try:
+            file, done = self._open(info.file), 0
+            while done < len(target):  # one call reads at most 2 GiB
+                count = os.preadv(file.fileno(), [target[done:]], info.offset + start + done)
+                if count == 0:
+                    raise CheckpointError(f"{info.file} was cut short while it was read. {refetch(info.file)}")
+                done += count
+        except OSError as error:
+            raise unreadable(info.file, error) from error
+
     def _open(self, path: Path) -> BinaryIO:
-        if path not in self._handles:
-            if _stamp(path) != self._files.stamps[path]:
-                raise CheckpointError(f"{path} changed after its header was read. Load the checkpoint again.")
-            self._handles[path] = path.open("rb")
-        return self._handles[path]
+        with self._opening:
+            if path not in self._handles:
+                if _stamp(path) != self._files.stamps[path]:
+                    raise CheckpointError(f"{path} changed after its header was read. Load the checkpoint again.")
+                file = self._handles[path] = path.open("rb")
+                if self._scattered:
+                    _advise(file, 0, 0, "POSIX_FADV_RANDOM")
+            return self._handles[path]
+
+
+def _advise(file: BinaryIO, offset: int, length: int, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        os.posix_fadvise(file.fileno(), offset, length, getattr(os, advice))
 
 
 def open_checkpoint(folder: str | Path) -> CheckpointFiles:
@@ -167,7 +255,7 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
     index_path = folder / INDEX
     if index_path.exists():
         weight_map = _read_index(index_path)
-        shards = sorted({folder / name for name in weight_map.values()})
+        shards = sorted(folder / name for name in set(weight_map.values()))
     else:
         weight_map, shards = None, [_single(folder, present, entries)]
     _check_present(folder, shards, weight_map)

@@ -10,23 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.checkpoint.dialect import Dialect, read_dialect
-from ferrum_jax.checkpoint.files import CheckpointFiles, TensorReader, open_checkpoint
+from ferrum_jax.checkpoint.dialect import read_dialect
+from ferrum_jax.checkpoint.files import open_checkpoint
 from ferrum_jax.checkpoint.hub import resolve
 from ferrum_jax.checkpoint.json_files import read_json
+from ferrum_jax.checkpoint.leaves import LeafReader
+from ferrum_jax.checkpoint.stacks import Memory, fill, shares_memory, to_jax
+from ferrum_jax.checkpoint.weight_cache import LEAST, Entry, Facts, find_entry, read_entry, weight_bytes, writing
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.environment import check_memory, check_platform, enable_compile_cache
-from ferrum_jax.errors import BackendError, CheckpointError, ConfigError, ShapeError
-from ferrum_jax.kernels import GptqTensors, MixedStack, PackedLinear, from_gptq
+from ferrum_jax.environment import (
+    WEIGHT_CACHE,
+    check_memory,
+    check_platform,
+    enable_compile_cache,
+    make_private,
+    switched_off,
+    weight_cache_folder,
+)
+from ferrum_jax.errors import BackendError, CheckpointError, ConfigError
 from ferrum_jax.params import assemble, num_bytes
 from ferrum_jax.plan import Plan, make_plan
 from ferrum_jax.progress import Progress
-from ferrum_jax.sources import Experts, Linear, Vector
 from ferrum_jax.tokenizer import Tokenizer
-from ferrum_kernels.bits import pack, unpack
 from ferrum_kernels.ops import IMPLEMENTATIONS
 
 
@@ -44,7 +51,9 @@ class LoadReport:
       seconds: wall time of the whole load.
       bytes_read: size of the checkpoint's tensors.
       bytes_held: size of the parameters.
-      warnings: sentences that were given as warnings.
+      warnings: sentences about the checkpoint that were given as warnings.
+      weight_cache: the file that the parameters are mapped from, None where they are in memory of the process.
+      from_cache: whether an earlier load has written that file, so that the checkpoint itself was not read.
     """
 
     folder: Path
@@ -53,6 +62,8 @@ class LoadReport:
     bytes_read: int
     bytes_held: int
     warnings: tuple[str, ...]
+    weight_cache: Path | None = None
+    from_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,7 @@ def load(
     implementation: str | None = None,
     checkpoint_format: str | None = None,
     offline: bool | None = None,
+    weight_cache: bool | None = None,
     quiet: bool = False,
 ) -> Model:
     """Load a GPTQ checkpoint, or an unquantised one, as a pytree; weights stay packed.
@@ -92,16 +104,20 @@ def load(
       implementation: of the packed matmuls, None for the best of the device; stored in cfg.
       checkpoint_format: "gptq" or "gptq_v2", to settle what the files leave open.
       offline: True reads the Hugging Face cache only; None follows HF_HUB_OFFLINE.
+      weight_cache: keep the assembled weights on disk and map them from there at the next start, on CPU. None does so
+        for checkpoints of 256 MiB and more unless FERRUM_JAX_WEIGHT_CACHE is "off"; True and False decide.
       quiet: show no progress.
 
     Returns:
-      Model. Loading streams: the host holds one layer at a time beside the parameters.
+      Model. The weights exist once: on CPU they are read to where they stay, elsewhere the host holds one layer at a
+      time beside the parameters.
 
     Raises:
       CheckpointError: a file is missing, damaged, contradictory or unsupported.
       ConfigError: the configuration is not one this package runs.
       CapacityError: the parameters do not fit the device's memory.
-      BackendError: JAX and its Apple plugin do not fit together, or the implementation is unknown.
+      BackendError: JAX and its Apple plugin do not fit together, the implementation is unknown, or weight_cache is
+        True on another device than the CPU.
 
     >>> import ferrum_jax as fj
     >>> model = fj.load("demo")
@@ -120,20 +136,119 @@ def load(
         dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
     cfg = dataclasses.replace(cfg, dtype=dtype, implementation=implementation)
     tokenizer = Tokenizer.from_folder(folder)
+    enable_compile_cache()
+    entry = _cache_entry(folder, cfg, checkpoint_format, weight_cache)
+    found = None if entry is None else _from_cache(entry, folder.name, str(model), quiet)
+    if found is None:
+        facts, params, file = _from_checkpoint(folder, cfg, checkpoint_format, entry, str(model), quiet)
+    else:
+        (facts, params), file = found, entry and entry.path
+    seconds = time.perf_counter() - began
+    sizes = facts.bytes_read, num_bytes(params)
+    report = LoadReport(folder, facts.version, seconds, *sizes, facts.warnings, file, found is not None)
+    return Model(cfg, params, tokenizer, report)
+
+
+def _cache_entry(
+    folder: Path, cfg: ModelConfig, checkpoint_format: str | None, weight_cache: bool | None
+) -> Entry | None:
+    """Where the assembled weights are or will be kept; None for a load that leaves the cache alone."""
+    if weight_cache and jax.default_backend() != "cpu":
+        raise BackendError(
+            f"weight_cache=True works on the CPU, this device is {jax.default_backend()}; leave the argument out, or "
+            f"set JAX_PLATFORMS=cpu."
+        )
+    wanted = not switched_off(WEIGHT_CACHE) and jax.default_backend() == "cpu" and weight_bytes(folder) >= LEAST
+    if not (wanted if weight_cache is None else weight_cache):
+        return None
+    if why := make_private(weight_cache_folder()):
+        _not_kept(f"{why}, so", stacklevel=4)
+        return None
+    try:
+        return find_entry(weight_cache_folder(), folder, cfg, checkpoint_format)
+    except OSError:
+        return None  # a file is missing or cannot be read, which open_checkpoint says in full
+
+
+def _not_kept(why: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"{why} the assembled weights are not kept and every start reads the checkpoint. Set {WEIGHT_CACHE} to a "
+        f"folder of your own on a disk with room, or to off.",
+        CheckpointWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def _from_cache(entry: Entry, name: str, model: str, quiet: bool) -> tuple[Facts, Any] | None:
+    """(facts, parameters) as an earlier load has left them, None where it has not or they are damaged."""
+    try:
+        nbytes = entry.path.stat().st_size
+    except OSError:
+        return None
+    check_memory(nbytes, model)
+    try:
+        with Progress(f"checking {name}", nbytes, quiet) as progress:
+            kept = read_entry(entry, progress.advance)
+    except CheckpointError as error:
+        warnings.warn(f"{error}; the checkpoint is read instead.", CheckpointWarning, stacklevel=3)
+        return None
+    if kept is None:
+        return None
+    facts, tree, arrays = kept
+    for sentence in facts.warnings:
+        warnings.warn(sentence, CheckpointWarning, stacklevel=3)
+    return facts, to_jax(tree, arrays)
+
+
+def _from_checkpoint(
+    folder: Path, cfg: ModelConfig, checkpoint_format: str | None, entry: Entry | None, model: str, quiet: bool
+) -> tuple[Facts, Any, Path | None]:
+    """(facts, parameters, file that holds them or None), all read anew."""
     files = open_checkpoint(folder)
     with Progress(f"checking {folder.name}", files.nbytes, quiet) as progress:
         dialect = read_dialect(files, cfg, checkpoint_format, progress.advance)
-    sentences = (*files.warnings, *dialect.warnings)
-    for sentence in sentences:
-        warnings.warn(sentence, CheckpointWarning, stacklevel=2)
+    facts = Facts(dialect.version, files.nbytes, (*files.warnings, *dialect.warnings))
+    for sentence in facts.warnings:
+        warnings.warn(sentence, CheckpointWarning, stacklevel=3)
     plan = make_plan(cfg, dialect.format_of)
-    check_memory(num_bytes(plan.tree), str(model))
-    enable_compile_cache()
-    with Progress(f"loading {folder.name}", files.nbytes, quiet) as progress:
-        params = read_params(files, plan, dialect, cfg, progress)
-    seconds = time.perf_counter() - began
-    report = LoadReport(folder, dialect.version, seconds, files.nbytes, num_bytes(params), sentences)
-    return Model(cfg, params, tokenizer, report)
+    check_memory(num_bytes(plan.tree), model)
+    with Progress(f"loading {folder.name}", files.nbytes, quiet) as progress, files.reader() as reader:
+        leaves = LeafReader(reader, files, dialect, progress)
+        if not shares_memory():
+            return facts, _layer_by_layer(plan, leaves), None
+        if entry is not None:
+            try:
+                with writing(entry, plan.tree, facts) as target:
+                    fill(plan, leaves.fill, target, leaves.forget)
+                    arrays = target.finish()
+                    if find_entry(entry.path.parent, folder, cfg, checkpoint_format) != entry:
+                        raise CheckpointError(f"{folder} changed while it was read. Load it again.")
+                return facts, to_jax(plan.tree, arrays), entry.path
+            except OSError as problem:
+                _not_kept(f"{entry.path.parent} cannot be written ({problem.strerror}), so", stacklevel=4)
+        target = Memory(jax.tree.leaves(plan.tree))
+        fill(plan, leaves.fill, target)
+        return facts, to_jax(plan.tree, target.arrays), None
+
+
+def _layer_by_layer(plan: Plan, leaves: LeafReader) -> dict[str, Any]:
+    """The parameters on a device with memory of its own, the host holds one leaf of one layer at a time."""
+
+    def leaf(source: Any, leaf: Any, lead: int) -> Any:
+        out = jax.tree.map(lambda a: np.empty(a.shape[lead:], a.dtype), leaf)
+        leaves.fill(source, out)
+        return out
+
+    def readers(source: Any, tree: Any) -> Any:
+        if isinstance(source, dict):
+            return {key: readers(child, tree[key]) for key, child in source.items()}
+        return partial(leaf, source, tree, lead=1)
+
+    return assemble(
+        plan,
+        lambda name: leaf(plan.top_sources[name], plan.top[name], lead=0),
+        lambda run, offset: readers(plan.runs[run].sources[offset], plan.runs[run].tree),
+    )
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -157,110 +272,3 @@ def read_config(folder: Path) -> ModelConfig:
     ):
         others.append(read_json(folder / name, what) if (folder / name).exists() else None)
     return ModelConfig.from_hf(config, *others)
-
-
-def read_params(
-    files: CheckpointFiles, plan: Plan, dialect: Dialect, cfg: ModelConfig, progress: Progress
-) -> dict[str, Any]:
-    """Fill a plan from files that read_dialect has accepted.
-
-    Args:
-      files: the tensor table.
-      plan: made with dialect.format_of.
-      dialect: the findings.
-      cfg: the model; its dtype is that of unquantised leaves.
-      progress: advanced by the bytes of each tensor.
-
-    Returns:
-      The parameters, on the default device.
-    """
-    with files.reader() as reader:
-        read = _LeafReader(reader, files, dialect, np.dtype(jnp.dtype(cfg.dtype)), progress)
-
-        def top(name: str) -> Any:
-            return read.leaf(plan.top_sources[name], plan.top[name], lead=0)
-
-        def layer_of(run: int, offset: int) -> Any:
-            return read.readers(plan.runs[run].sources[offset], plan.runs[run].tree)
-
-        return assemble(plan, top, layer_of)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LeafReader:
-    reader: TensorReader
-    files: CheckpointFiles
-    dialect: Dialect
-    dtype: np.dtype
-    progress: Progress
-
-    def readers(self, source: Any, leaf: Any) -> Any:
-        """One layer, with functions that read its leaves in their place."""
-        if isinstance(source, dict):
-            return {key: self.readers(child, leaf[key]) for key, child in source.items()}
-        return partial(self.leaf, source, leaf, lead=1)
-
-    def leaf(self, source: Any, leaf: Any, lead: int) -> Any:
-        if isinstance(source, Vector):
-            return self.plain(source.name)
-        if isinstance(source, Linear):
-            return self.linear(source, leaf)
-        assert isinstance(source, Experts)
-        if isinstance(leaf, MixedStack):
-            stacks = zip(leaf.parts, leaf.experts, strict=True)
-            parts = tuple(self.stack([source.experts[e] for e in ids], part, lead) for part, ids in stacks)
-            return MixedStack(parts, leaf.experts)
-        return self.stack(list(source.experts), leaf, lead)
-
-    def stack(self, members: list[Linear], leaf: Any, lead: int) -> Any:
-        """One layer's experts in one host array per field, each written once."""
-        host = jax.tree.map(lambda a: np.empty(a.shape[lead:], a.dtype), leaf)
-        for e, member in enumerate(members):
-            one = self.linear(member, leaf)
-            for target, value in zip(jax.tree.leaves(host), jax.tree.leaves(one), strict=True):
-                target[e] = value
-        return host
-
-    def linear(self, source: Linear, leaf: Any) -> Any:
-        if not isinstance(leaf, PackedLinear):
-            return np.concatenate([self.plain(f"{module}.weight").T for module in source.modules], axis=-1)
-        parts = [self.packed(module, leaf) for module in source.modules]
-        if len(parts) == 1:
-            return parts[0]
-        qzeros = None
-        if leaf.qzeros is not None:
-            zeros = [unpack(part.qzeros, part.bits, part.n_per_expert, axis=-1) for part in parts]
-            qzeros = pack(np.concatenate(zeros, axis=-1), leaf.bits, axis=-1)
-        return dataclasses.replace(
-            parts[0],
-            qweight=np.concatenate([part.qweight for part in parts], axis=-1),
-            scales=np.concatenate([part.scales for part in parts], axis=-1),
-            qzeros=qzeros,
-            shape=leaf.shape,
-        )
-
-    def packed(self, module: str, leaf: PackedLinear) -> PackedLinear:
-        names = {field: f"{module}.{field}" for field in ("qweight", "qzeros", "scales", "g_idx")}
-        g_idx = self.read(names["g_idx"]) if names["g_idx"] in self.dialect.names else None
-        scales = self.read(names["scales"]).astype(np.float16, copy=False)
-        tensors = GptqTensors(self.read(names["qweight"]), self.read(names["qzeros"]), scales, g_idx)
-        try:
-            return from_gptq(
-                tensors,
-                leaf.bits,
-                leaf.group_size,
-                self.dialect.version or "gptq",
-                k=leaf.k,
-                sym=leaf.qzeros is None,
-                act_order=leaf.perm is not None,
-            )
-        except ShapeError as error:
-            raise CheckpointError(f"{module}: {error}") from error
-
-    def plain(self, name: str) -> np.ndarray:
-        return self.read(name).astype(self.dtype, copy=False)
-
-    def read(self, name: str) -> np.ndarray:
-        stored = self.dialect.names[name]
-        self.progress.advance(self.files.tensors[stored].nbytes)
-        return self.reader[stored]

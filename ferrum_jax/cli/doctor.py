@@ -22,6 +22,7 @@ from ferrum_jax.cli.options import NO_DEFAULT, Common
 from ferrum_jax.cli.output import Status, emit, size
 from ferrum_jax.environment import check_platform, compile_cache_folder, free_host_memory, installed
 from ferrum_jax.errors import BackendError
+from ferrum_kernels import cpu_library
 
 NEEDED = ("jax", "jaxlib", "flax", "chex", "numpy", "ml_dtypes", "safetensors", "tokenizers")
 NEEDED += ("huggingface-hub", "jinja2", "jaxtyping", "tyro", "rich")
@@ -39,7 +40,9 @@ VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "LD_LIBRARY_PATH",
     "FERRUM_JAX_COMPILE_CACHE",
+    "FERRUM_JAX_CPU_ISA",
     "FERRUM_JAX_DEBUG",
+    "FERRUM_JAX_THREADS",
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
@@ -120,8 +123,9 @@ def examine(timeout: float) -> dict[str, Any]:
     """
     packages = {name: installed(name) for name in (*NEEDED, *PLUGINS)}
     devices = probe(timeout)
+    cpu = cpu_kernels()
     problems = list(find_problems(packages, devices, sys.version_info[:2]))
-    warnings = list(find_warnings({**packages, "pallas": installed("pallas")}, devices, os.environ))
+    warnings = list(find_warnings({**packages, "pallas": installed("pallas")}, devices, os.environ, cpu["problem"]))
     return {
         "verdict": "this environment cannot run a model" if problems else "ready",
         "problems": problems,
@@ -129,6 +133,7 @@ def examine(timeout: float) -> dict[str, Any]:
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
         "packages": {"ferrum-jax": __version__, **packages},
         "devices": asdict(devices),
+        "cpu_kernels": cpu,
         "cpu_cores": os.cpu_count(),
         "compiler": compiler(),
         "caches": {"huggingface": cache(_huggingface_cache()), "compile": cache(_compile_cache())},
@@ -203,7 +208,7 @@ def find_problems(packages: Mapping[str, str | None], devices: Devices, python: 
 
 
 def find_warnings(
-    packages: Mapping[str, str | None], devices: Devices, environment: Mapping[str, str]
+    packages: Mapping[str, str | None], devices: Devices, environment: Mapping[str, str], cpu_problem: str | None
 ) -> Iterator[str]:
     """What may slow a model down or break it, as sentences.
 
@@ -211,7 +216,10 @@ def find_warnings(
       packages: distribution -> installed version or None.
       devices: from probe.
       environment: environment variables.
+      cpu_problem: why the CPU kernels cannot be used, or None.
     """
+    if cpu_problem and any(device["platform"] == "cpu" for device in devices.devices):
+        yield f"{cpu_problem} Models run through XLA instead, which is slower."
     jaxlib = packages["jaxlib"]
     if jaxlib in ("0.10.2", "0.11.0") and YNNPACK_SWITCH not in environment.get("XLA_FLAGS", ""):
         yield (
@@ -244,8 +252,16 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", numbers[0] if numbers else ""))
 
 
+def cpu_kernels() -> dict[str, Any]:
+    """The CPU kernels here: isa, isas (best last) and threads, or all of them None and problem a sentence."""
+    try:
+        return {**asdict(cpu_library.describe()), "problem": None}
+    except BackendError as error:
+        return {"isa": None, "isas": None, "threads": None, "problem": str(error)}
+
+
 def compiler() -> str | None:
-    """The C++ compiler on the path; nothing here needs one, bug reports do."""
+    """The C++ compiler on the path, with which an installation builds the CPU kernels."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and (path := shutil.which(name)):
             try:
@@ -313,9 +329,15 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         held = f", {size(device['memory_bytes'])}" if device["memory_bytes"] else ""
         yield f"device      {device['platform']}: {device['kind']}{held}"
     yield f"kernels     {devices['implementation'] or 'none for this device'}"
+    cpu = report["cpu_kernels"]
+    yield "cpu kernels " + (
+        f"{cpu['isa']} (this machine has {', '.join(cpu['isas'])}), {cpu['threads']} threads"
+        if cpu["isa"]
+        else "none: the portable XLA path"
+    )
     total, free = (size(memory[key]) if memory[key] else "unknown" for key in ("total_bytes", "available_bytes"))
     yield f"machine     {report['cpu_cores']} cores, {total} of memory, {free} free"
-    yield f"c++         {report['compiler'] or 'none found (not needed)'}"
+    yield f"c++         {report['compiler'] or 'none found'}"
     for name, found in report["caches"].items():
         state = "" if found["writable"] else ", not writable"
         where = f"{found['path']} ({size(found['bytes'])}{state})" if found["path"] else "off"

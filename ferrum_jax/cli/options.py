@@ -73,10 +73,13 @@ class Loading(Checkpoint):
     """Options of every command that runs a model.
 
     Args:
-      implementation: of the packed matmuls (xla, apple, reference); without it the best of the device.
+      implementation: of the packed matmuls (cpu, cpu-exact, cpu-int8, xla, apple, reference); without it the best of
+        the device.
+      no_weight_cache: read the checkpoint itself, and keep no assembled weights on disk for the next start.
     """
 
     implementation: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=NO_DEFAULT)] = None
+    no_weight_cache: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
 
 
 def load_model(options: Loading, model: str) -> Model:
@@ -104,6 +107,7 @@ def load_model(options: Loading, model: str) -> Model:
             implementation=options.implementation,
             checkpoint_format=options.checkpoint_format,
             offline=options.offline or None,
+            weight_cache=False if options.no_weight_cache else None,
             quiet=options.quiet,
         )
 

@@ -169,7 +169,7 @@ def gptq_matmul(
         one = w if layer is None else xla.expert(w, None, jnp.asarray(layer, jnp.int32))
         if name == "reference":
             return reference.gptq_matmul(rows, one)
-        y = xla.gptq_matmul(rows, one)
+        y = (apple if name == "apple" else xla).gptq_matmul(rows, one)
         return y if one.bias is None else y + one.bias.astype(jnp.float32)[None]
 
     y = _first_that_applies(implementation, (w,), run)

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import ferrum_jax as fj
+from ferrum_jax.checkpoint.dialect import _constant, largest_float
 from ferrum_jax.checkpoint.load import CheckpointWarning
 from ferrum_jax.errors import CheckpointError
+from ferrum_kernels.bits import pack
 from tests.support import damage
 from tests.support import numpy_reader as reader
 from tests.support.checkpoint_writer import (
@@ -267,3 +270,26 @@ def test_a_warning_names_the_first_module_and_counts_the_others(tmp_path: Path) 
         fj.load(folder, quiet=True)
     names = re.search(r": (\S+) and (\d+) more modules", str(caught[0].message))
     assert names is not None and names[1] == Q and int(names[2]) == 4 + 3 * 4 - 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_the_largest_magnitude_is_found_without_arithmetic(dtype: type) -> None:
+    values = np.random.default_rng(0).standard_normal((50, 7)).astype(dtype)
+    assert largest_float(values) == float(np.abs(values).max())
+    assert largest_float(-np.abs(values[3:4])) == float(np.abs(values[3]).max())
+    assert largest_float(values[:0]) == 0
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        values[20, 3] = bad
+        assert not np.isfinite(largest_float(values))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n", [32, 37])  # words with and without padding
+def test_constant_zero_points_tell_their_version(bits: int, n: int) -> None:
+    for code in range(2**bits):
+        zeros = pack(np.full((3, n), code), bits, axis=-1)
+        version = {2 ** (bits - 1): "gptq_v2", 2 ** (bits - 1) - 1: "gptq"}.get(code)
+        assert _constant(zeros, bits, n) == version
+        codes = np.full((3, n), code)
+        codes[2, n - 1] ^= 1
+        assert _constant(pack(codes, bits, axis=-1), bits, n) is None

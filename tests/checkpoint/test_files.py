@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -82,6 +84,39 @@ class TestReading:
         assert peak < 48  # of 192 MiB read: two copies of one tensor, and slack
         assert resident_mib() - before < 32
 
+    def test_reading_in_place_and_in_blocks(self, tmp_path):
+        saved = np.arange(7 * 5, dtype=np.int32).reshape(7, 5)
+        save_file({"a": saved, "b": saved[:0]}, tmp_path / "model.safetensors")
+        with open_checkpoint(tmp_path).reader() as read:
+            read.into("a", out := np.zeros((7, 5), np.uint32))
+            np.testing.assert_array_equal(out, saved)
+            for limit, sizes in ((1, [1] * 7), (45, [2, 2, 2, 1]), (1000, [7])):
+                blocks = [(rows, block.copy()) for rows, block in read.blocks("a", limit)]
+                assert [len(block) for _, block in blocks] == sizes
+                for rows, block in blocks:
+                    np.testing.assert_array_equal(block, saved[rows])
+            assert list(read.blocks("b")) == []
+
+    def test_threads_share_a_reader(self, tmp_path):
+        saved = {f"t{i}": np.full((64, 1024), i, np.int32) for i in range(32)}
+        save_file(saved, tmp_path / "model.safetensors")
+        files = open_checkpoint(tmp_path)
+        with files.reader() as read, ThreadPoolExecutor(8) as pool:
+
+            def same(name: str) -> bool:
+                return all((block == saved[name][rows]).all() for rows, block in read.blocks(name, 4096))
+
+            assert all(pool.map(same, list(saved) * 4))
+
+    def test_advice_to_the_system_changes_nothing(self, tmp_path):
+        files = open_checkpoint(write_shards(tmp_path, {A: ["x", "y"], B: ["z"]}))
+        with files.reader(scattered=True) as read:
+            read.prefetch(["x", "z"])
+            before = {name: read[name] for name in "xyz"}
+            read.forget(["x", "z"])
+            for name, array in before.items():
+                np.testing.assert_array_equal(read[name], array)
+
     def test_74000_headers_open_in_seconds(self, tmp_path):
         names = [f"model.layers.{i % 48}.mlp.experts.{i % 128}.gate_proj.{i}.qweight" for i in range(74_000)]
         header = {name: entry("I32", [1], (4 * i, 4 * i + 4)) for i, name in enumerate(names)}
@@ -119,6 +154,17 @@ class TestReaderErrors:
         write_raw(path, {"a": entry()}, b"cut")
         with files.reader() as read, pytest.raises(CheckpointError, match=r"changed after .*Load the checkpoint again"):
             read["a"]
+
+    def test_file_cut_short_while_it_is_read(self, tmp_path):
+        path = tmp_path / "model.safetensors"
+        save_file({"a": np.arange(5), "b": np.arange(1000)}, path)
+        with open_checkpoint(tmp_path).reader() as read:
+            read["a"]
+            os.truncate(path, path.stat().st_size - 100)
+            with pytest.raises(
+                CheckpointError, match=r"model.safetensors was cut short while it was read.*hf download"
+            ):
+                read["b"]
 
     def test_file_removed_after_its_header_was_read(self, tmp_path):
         save_file({"a": np.arange(5)}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Loading streams: peak memory of a whole process against the size of the packed model."""
+"""The weights exist once: peak memory of a whole process against the size of the packed model."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ BASE = ml_dtypes.bfloat16
 
 CHILD = """
 import gc, json, sys
+import jax, numpy as np
 import ferrum_jax as fj
 
 def status(key):
@@ -47,9 +48,16 @@ def status(key):
 
 fj.load("demo", quiet=True)  # imports, compiler and thread pools are not the model's memory
 gc.collect()
-baseline = status("VmRSS")
-model = fj.load(sys.argv[1], dtype="bfloat16", quiet=True)
-print(json.dumps({"growth": status("VmHWM") - baseline, "held": model.report.bytes_held}))
+resident, anonymous = status("VmRSS"), status("RssAnon")
+model = fj.load(sys.argv[1], dtype="bfloat16", weight_cache=sys.argv[2] == "cache", quiet=True)
+for leaf in jax.tree.leaves(model.params):
+    np.asarray(leaf).view(np.uint8).max()  # every page
+print(json.dumps({
+    "growth": status("VmHWM") - resident,
+    "anonymous": status("RssAnon") - anonymous,
+    "held": model.report.bytes_held,
+    "from_cache": model.report.from_cache,
+}))
 """
 
 
@@ -91,13 +99,22 @@ def write_large(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in layers[0].values())
 
 
+def start(folder: str, mode: str) -> dict[str, int]:
+    command = [sys.executable, "-c", CHILD, folder, mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return json.loads(done.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_peak_memory_is_the_packed_model_and_one_layer(tmp_path: Path) -> None:
-    with TemporaryDirectory(dir=tmp_path) as folder:  # 420 MB that pytest need not keep
+def test_peak_memory_is_the_packed_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TemporaryDirectory(dir=tmp_path) as folder:  # 840 MB that pytest need not keep
+        monkeypatch.setenv("FERRUM_JAX_WEIGHT_CACHE", f"{folder}/cache")
         one_layer = write_large(Path(folder))
-        command = [sys.executable, "-c", CHILD, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    seen = json.loads(done.stdout)
-    assert seen["held"] > 400 * 2**20
-    assert seen["growth"] <= 1.15 * seen["held"] + one_layer + NOISE
+        alone, cold, warm = start(folder, "alone"), start(folder, "cache"), start(folder, "cache")
+    assert (alone["from_cache"], cold["from_cache"], warm["from_cache"]) == (False, False, True)
+    for seen in (alone, cold, warm):
+        assert seen["held"] > 400 * 2**20
+        assert seen["growth"] <= seen["held"] + one_layer + NOISE
+    # The pages of the file are the only copy.
+    assert max(cold["anonymous"], warm["anonymous"]) < one_layer + NOISE

@@ -8,8 +8,10 @@ import time
 
 import pytest
 
+import ferrum_kernels
 from ferrum_jax import environment
 from ferrum_jax.cli import doctor, main
+from ferrum_kernels import cpu_library
 from tests.support import terminal
 
 FINE = doctor.Devices(({"platform": "cpu", "kind": "cpu", "memory_bytes": None},), "xla", None, 1.0)
@@ -22,8 +24,8 @@ def problems(packages=PACKAGES, devices=FINE, python=(3, 12)) -> list[str]:
     return list(doctor.find_problems(packages, devices, python))
 
 
-def warnings(packages=PACKAGES, devices=FINE, **variables: str) -> list[str]:
-    return list(doctor.find_warnings(packages, devices, variables))
+def warnings(packages=PACKAGES, devices=FINE, cpu=None, **variables: str) -> list[str]:
+    return list(doctor.find_warnings(packages, devices, variables, cpu))
 
 
 def test_this_environment(capsys, monkeypatch):
@@ -38,7 +40,8 @@ def test_this_environment(capsys, monkeypatch):
     assert report["verdict"] == "ready" and report["problems"] == []
     assert report["packages"]["jax"] == environment.installed("jax")
     assert [device["platform"] for device in report["devices"]["devices"]] == [d.platform for d in jax.devices()]
-    assert report["devices"]["implementation"] == "xla"
+    assert report["devices"]["implementation"] == ferrum_kernels.default_implementation()
+    assert report["cpu_kernels"]["problem"] == cpu_library.unavailable()
     assert report["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
     assert report["caches"]["compile"]["path"] and report["caches"]["huggingface"]["writable"]
     assert report["memory"]["total_bytes"] > 2**28 and report["cpu_cores"] >= 1
@@ -144,6 +147,27 @@ def test_a_device_without_kernels_is_a_warning():
     )
     assert warnings(devices=devices) == ["no GPTQ kernel for gpu"]
     assert problems(devices=devices) == []
+
+
+def test_cpu_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "probe", lambda _: FINE)
+    monkeypatch.setattr(cpu_library, "describe", lambda: cpu_library.CpuKernels("avx2", ("portable", "avx2"), 8))
+    assert main(["doctor"]) == 0
+    assert "cpu kernels avx2 (this machine has portable, avx2), 8 threads\n" in capsys.readouterr().out
+
+
+def test_without_cpu_kernels_it_says_what_to_install(monkeypatch, capsys):
+    def missing():
+        raise ferrum_kernels.BackendError("Not built. Install a compiler.")
+
+    monkeypatch.setattr(doctor, "probe", lambda _: FINE)
+    monkeypatch.setattr(cpu_library, "describe", missing)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "cpu kernels none: the portable XLA path\n" in out
+    assert "warning     Not built. Install a compiler. Models run through XLA instead, which is slower.\n" in out
+    gpu = doctor.Devices(({"platform": "gpu", "kind": "x", "memory_bytes": 1},), "cuda", None, 1.0)
+    assert warnings(devices=gpu, cpu="Not built.") == []
 
 
 def test_the_ynnpack_switch_silences_its_warning():

@@ -18,9 +18,10 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.config import ModelConfig
 from tests.support.goldens import DEMO, FOLDERS, pad, read_model, reference
+from tests.support.implementations import needs_library
 
 PROMPTS = range(4)
-IMPLEMENTATIONS = ["xla", "apple"]
+IMPLEMENTATIONS = [pytest.param("cpu-exact", marks=needs_library), "xla", "apple"]
 ACT_ORDER = "qwen3moe-w4g32act"
 DEMO_PERPLEXITY, WINDOW = 28.3373, 512
 
@@ -69,7 +70,13 @@ def test_logits_and_routing_equal_the_reference(name: str, implementation: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), [*((name, "xla") for name in FOLDERS), (DEMO, "apple"), (ACT_ORDER, "apple")]
+    ("name", "implementation"),
+    [
+        *((name, "xla") for name in FOLDERS),
+        *(pytest.param(name, "cpu", marks=needs_library) for name in FOLDERS),
+        (DEMO, "apple"),
+        (ACT_ORDER, "apple"),
+    ],
 )
 def test_greedy_tokens_equal_the_reference(name: str, implementation: str) -> None:
     golden, (cfg, params) = reference(name), load(name)
@@ -92,6 +99,7 @@ def test_greedy_tokens_equal_the_reference(name: str, implementation: str) -> No
 def test_bfloat16_logits_are_close_to_the_reference(name: str) -> None:
     golden = reference(name)
     cfg, params = read_model(FOLDERS[name], dtype="bfloat16")
+    cfg = dataclasses.replace(cfg, implementation="xla")
     tokens, lengths = prompts(golden)
     assert worst(forward(params, tokens, cfg=cfg), golden, lengths) < 0.15
 

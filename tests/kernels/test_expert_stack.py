@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from ferrum_kernels import batched_expert_matmul, dequantize, expert_linear, expert_stack, gptq_matmul
 from ferrum_kernels.errors import BackendError, ShapeError
-from ferrum_kernels.ops import IMPLEMENTATIONS
 from tests.support.close import assert_close, normal
 from tests.support.gptq_cases import make_stack
+from tests.support.implementations import EXACT
 
 E, M_IN, M_OUT = 3, 6, 7
 STACK, DENSE = make_stack(0, E, act_order=True)
@@ -33,7 +33,7 @@ def one_after_another(batch) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EXACT)
 @given(batch=st.lists(dispatches(), max_size=5))
 def test_a_batch_equals_its_products_one_after_another(implementation, batch):
     y = batched_expert_matmul(X, STACK, batch, jnp.asarray(OUT), implementation=implementation)

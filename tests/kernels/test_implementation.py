@@ -24,7 +24,7 @@ NO_KERNEL = (
 def ran(monkeypatch):
     """The names of the implementations that run, in order."""
     names = []
-    for name in ops.IMPLEMENTATIONS:
+    for name in ("xla", "apple", "reference"):
         module = getattr(ops, name)
 
         def noting(x, w, name=name, original=module.gptq_matmul):
@@ -35,9 +35,16 @@ def ran(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize(("platform", "name"), [("cpu", "xla"), ("METAL", "apple"), ("mps", "apple")])
+@pytest.mark.parametrize(("platform", "name"), [("METAL", "apple"), ("mps", "apple")])
 def test_each_platform_has_a_best_one(platform, name):
     assert default_implementation(platform) == name
+
+
+def test_the_cpu_has_its_kernels_where_they_were_built(monkeypatch):
+    monkeypatch.setattr(ops, "unavailable", lambda: None)
+    assert default_implementation("cpu") == "cpu"
+    monkeypatch.setattr(ops, "unavailable", lambda: "They were not built.")
+    assert default_implementation("cpu") == "xla"
 
 
 def test_a_platform_without_a_kernel_is_told_what_to_do(monkeypatch):
@@ -50,12 +57,33 @@ def test_a_platform_without_a_kernel_is_told_what_to_do(monkeypatch):
         grouped_gptq_matmul(X, make_stack(0, 2)[0], SIZES)
 
 
-def test_none_takes_the_platform_s_best(ran):
+def test_without_cpu_kernels_none_takes_xla(ran, monkeypatch):
+    monkeypatch.setattr(ops, "unavailable", lambda: "They were not built.")
     gptq_matmul(X, W)
     assert ran == ["xla"]
 
 
-@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+def test_none_takes_xla_for_what_the_cpu_kernels_do_not_take(ran, monkeypatch):
+    monkeypatch.setattr(ops, "unavailable", lambda: None)
+    gptq_matmul(X, make_linear(0, bits=3)[0])
+    assert ran == ["xla"]
+
+
+def test_a_cpu_name_without_its_library_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(ops.cpu, "unavailable", lambda: "They were not built. Install a compiler.")
+    message = r'implementation="cpu-int8" cannot run: They were not built\. Install a compiler\.'
+    with pytest.raises(BackendError, match=message):
+        gptq_matmul(X, W, implementation="cpu-int8")
+
+
+def test_a_cpu_name_on_another_device_is_refused(monkeypatch):
+    monkeypatch.setattr(ops.cpu, "unavailable", lambda: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(BackendError, match=r"runs on the CPU; the default device is of platform 'gpu'\. Set JAX_PLATF"):
+        gptq_matmul(X, W, implementation="cpu")
+
+
+@pytest.mark.parametrize("name", ["xla", "apple", "reference"])
 def test_a_name_runs_that_one(ran, name):
     gptq_matmul(X, W, implementation=name)
     assert ran == [name]
@@ -73,8 +101,11 @@ def test_a_sequence_runs_the_first_that_applies(ran, monkeypatch):
     assert ran == ["reference", "apple"]
 
 
+KNOWN = r"\('cpu', 'cpu-exact', 'cpu-int8', 'xla', 'apple', 'reference'\)\."
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    message = r"implementation='triton' is unknown; accepted are None, \('xla', 'apple', 'reference'\)\."
+    message = r"implementation='triton' is unknown; accepted are None, " + KNOWN
     with pytest.raises(BackendError, match=message):
         gptq_matmul(X, W, implementation="triton")
     with pytest.raises(BackendError, match=message):
@@ -82,7 +113,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_an_empty_sequence_is_refused():
-    message = r"implementation is an empty sequence; name at least one of \('xla', 'apple', 'reference'\)\."
+    message = r"implementation is an empty sequence; name at least one of " + KNOWN
     with pytest.raises(BackendError, match=message):
         gptq_matmul(X, W, implementation=())
 

@@ -12,9 +12,9 @@ import pytest
 
 from ferrum_kernels import gptq_matmul
 from ferrum_kernels.errors import ShapeError
-from ferrum_kernels.ops import IMPLEMENTATIONS
 from tests.support.close import ROUNDING, assert_close, normal
 from tests.support.gptq_cases import make_linear
+from tests.support.implementations import EXACT, skip_refused
 
 FORMATS = [
     {"bits": 2, "sym": False, "act_order": False},
@@ -25,10 +25,11 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EXACT)
 class TestGptqMatmul:
     @pytest.mark.parametrize("form", FORMATS, ids=str)
     def test_it_is_the_dense_product(self, implementation, form):
+        skip_refused(implementation, form["bits"])
         w, dense = make_linear(0, **form)
         x = normal(0, 5, 37)
         y = jax.jit(functools.partial(gptq_matmul, implementation=implementation))(x, w)

@@ -80,6 +80,22 @@ def test_kernels_import_jax_and_numpy_only(path: Path) -> None:
     assert found <= allowed
 
 
+def test_the_library_is_built_for_the_oldest_jaxlib() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    (oldest,) = [
+        re.match(r"jaxlib>=([\d.]+)", wanted) for wanted in project["project"]["dependencies"] if "jaxlib" in wanted
+    ]
+    (headers,) = project["tool"]["scikit-build"]["build"]["requires"]
+    assert oldest is not None and headers.startswith(f"jaxlib=={oldest[1]};")
+
+
+def test_python_and_the_library_agree_on_their_interface() -> None:
+    source = (ROOT / "kernels/ferrum_kernels/native/ffi.cc").read_text("utf-8")
+    loader = (ROOT / "kernels/ferrum_kernels/cpu_library.py").read_text("utf-8")
+    (built,) = re.findall(r"int ferrum_cpu_abi\(\) { return (\d+); }", source)
+    assert f"\nABI = {built} " in loader
+
+
 def test_imports_go_one_way() -> None:
     graph = import_graph()
     for module in graph.keys() & FLOOR.keys():
@@ -145,7 +161,10 @@ def test_only_the_commands_print(path: Path) -> None:
     assert "print" not in names
 
 
-@pytest.mark.parametrize("statement", ["import ferrum_jax", "import ferrum_jax.errors", "import ferrum_jax.cli"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import ferrum_jax", "import ferrum_jax.errors", "import ferrum_jax.cli", "import ferrum_kernels.cpu_library"],
+)
 def test_import_is_light(statement: str) -> None:
     code = f"{statement}; import sys; print(*sorted({{'flax', 'jax', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=SOURCE_TREE, capture_output=True, text=True)

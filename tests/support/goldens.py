@@ -6,12 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from ferrum_jax.checkpoint.dialect import read_dialect
 from ferrum_jax.checkpoint.files import open_checkpoint
-from ferrum_jax.checkpoint.load import read_config, read_params
+from ferrum_jax.checkpoint.leaves import LeafReader
+from ferrum_jax.checkpoint.load import read_config
+from ferrum_jax.checkpoint.stacks import Memory, fill, to_jax
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.plan import make_plan
 from ferrum_jax.progress import Progress
@@ -41,7 +44,11 @@ def read_model(folder: Path, **changes: Any) -> tuple[ModelConfig, dict[str, Any
     cfg = dataclasses.replace(read_config(folder), **{"dtype": "float32", **changes})
     files = open_checkpoint(folder)
     dialect = read_dialect(files, cfg)
-    return cfg, read_params(files, make_plan(cfg, dialect.format_of), dialect, cfg, Progress("", 0, quiet=True))
+    plan = make_plan(cfg, dialect.format_of)
+    memory = Memory(jax.tree.leaves(plan.tree))
+    with files.reader() as reader:
+        fill(plan, LeafReader(reader, files, dialect, Progress("", 0, quiet=True)).fill, memory)
+    return cfg, to_jax(plan.tree, memory.arrays)
 
 
 def pad(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

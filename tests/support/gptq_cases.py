@@ -59,7 +59,7 @@ def make_case(
     groups, top = -(-k // group_size), 2**bits - 1
     zeros = np.full((groups, n), 2 ** (bits - 1)) if sym else rng.integers(0, top + 1, (groups, n))
     if not sym:
-        zeros[:, :4] = [0, top, 0, 0]
+        zeros[:, :4] = np.array([0, top, 0, 0])[:n]
     scales = rng.uniform(0.5, 1.5, (groups, n)) / (2**bits * np.sqrt(k) * 0.3)
     subnormal = rng.integers(1, 1024, (groups, n)) * 2.0**-24
     g_idx = np.arange(k) // group_size

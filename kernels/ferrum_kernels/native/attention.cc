@@ -1,7 +1,6 @@
 // Grouped-query attention over the cache: head norms, rotary embedding, cache write, streaming softmax.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "arena.h"
 #include "call.h"
@@ -10,7 +9,7 @@
 namespace ferrum {
 namespace {
 
-constexpr int64_t kQueries = 16;  // tokens whose queries share a pass over the keys
+int64_t round32(int64_t n) { return (n + 31) / 32 * 32; }
 
 struct Heads {
   const Isa& isa;
@@ -50,9 +49,10 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
     int64_t batch = size[1], slots = size[2], kv_heads = size[3], head = size[4];
     int64_t tokens = cosine.dimensions()[1], layer = layer_index.typed_data()[0];
     int64_t heads = static_cast<int64_t>(q.element_count()) / std::max<int64_t>(1, batch * tokens * head);
-    int64_t share = heads / kv_heads, wide = (head + 31) / 32 * 32, reach = window.typed_data()[0];
+    int64_t share = heads / kv_heads, reach = window.typed_data()[0];
     require(layer >= 0 && layer < size[0], "the layer index lies outside the cache");
     require(head % 2 == 0 && head <= kHeadMost, "the head size must be even and at most 256");
+    require(share >= 1 && share <= kQueryRows, "at most 128 query heads may share a key head");
     int64_t row = kv_heads * head;
     void* keys = at(keys_out->untyped_data(), cached, layer * batch * slots * row);
     void* values = at(values_out->untyped_data(), cached, layer * batch * slots * row);
@@ -64,18 +64,23 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
 
     Session session;
     Arena arena;
-    // Rotated queries [B, Kv, T, share, wide]: those that share keys lie together.
-    float* queries = arena.take<float>(batch * tokens * heads * wide);
+    // Tiles of queries that share keys, each [head, ldq] with column t * share + h: tokens t, heads h.
+    int64_t per_tile = std::min(tokens, kQueryRows / share), tiles = (tokens + per_tile - 1) / per_tile;
+    int64_t ldq = round32(per_tile * share), tile_size = head * ldq;
+    float* queries = arena.take<float>(batch * kv_heads * tiles * tile_size);
+    std::fill(queries, queries + batch * kv_heads * tiles * tile_size, 0.f);
     session.run(batch * tokens, [&](int64_t unit) {
       int64_t b = unit / tokens, t = unit % tokens, position = first(b) + t;
       if (t >= real(b)) return;
       const float* c = cosine.typed_data() + unit * head / 2;
       const float* s = sine.typed_data() + unit * head / 2;
+      float scale = 1.f / std::sqrt(static_cast<float>(head));
       for (int64_t h = 0; h < heads; h++) {
-        float* to = queries + (((b * kv_heads + h / share) * tokens + t) * share + h % share) * head;
-        prepare.prepare(at(q.untyped_data(), type, (unit * heads + h) * head), type, norm_q, c, s, to);
-        float scale = 1.f / std::sqrt(static_cast<float>(head));
-        for (int64_t i = 0; i < head; i++) to[i] *= scale;
+        float line[kHeadMost];
+        prepare.prepare(at(q.untyped_data(), type, (unit * heads + h) * head), type, norm_q, c, s, line);
+        float* to = queries + ((b * kv_heads + h / share) * tiles + t / per_tile) * tile_size +
+                    t % per_tile * share + h % share;
+        for (int64_t i = 0; i < head; i++) to[i * ldq] = line[i] * scale;
       }
       if (position < 0 || position >= slots) return;
       for (int64_t h = 0; h < kv_heads; h++) {
@@ -88,39 +93,36 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
       }
     });
 
-    int64_t query_tiles = (tokens + kQueries - 1) / kQueries;
-    session.run(batch * kv_heads * query_tiles, [&](int64_t unit) {
+    int64_t wide = round32(head);
+    session.run(batch * kv_heads * tiles, [&](int64_t unit) {
       // The last tiles see the most keys: they go first.
-      int64_t tile = query_tiles - 1 - unit / (batch * kv_heads), pair = unit % (batch * kv_heads);
-      int64_t b = pair / kv_heads, h = pair % kv_heads, t0 = tile * kQueries;
-      int64_t here = std::min(kQueries, tokens - t0), rows = here * share;
-      constexpr int64_t kMostRows = 1024;
-      require(rows <= kMostRows, "too many query heads share one key head");
-      float best[kMostRows], total[kMostRows];
-      int32_t low[kMostRows], high[kMostRows];
-      std::vector<float> sums(static_cast<size_t>(rows * wide), 0.f);
-      std::fill(best, best + rows, -1e30f);
-      std::fill(total, total + rows, 0.f);
+      int64_t tile = tiles - 1 - unit / (batch * kv_heads), pair = unit % (batch * kv_heads);
+      int64_t b = pair / kv_heads, h = pair % kv_heads, t0 = tile * per_tile;
+      int64_t here = std::min(per_tile, tokens - t0), rows = here * share;
+      alignas(64) float best[kQueryRows], total[kQueryRows], low[kQueryRows] = {}, high[kQueryRows] = {};
+      alignas(64) float sums[kQueryRows * kHeadMost];
+      std::fill(best, best + kQueryRows, -1e30f);
+      std::fill(total, total + kQueryRows, 0.f);
+      std::fill(sums, sums + rows * wide, 0.f);
       int64_t end = std::min({first(b) + t0 + here, first(b) + real(b), slots});
       int64_t begin = std::max<int64_t>(0, first(b) + t0 - reach + 1) / kKeyBlock * kKeyBlock;
-      const float* at_q = queries + ((b * kv_heads + h) * tokens + t0) * share * head;
+      const float* mine = queries + (pair * tiles + tile) * tile_size;
       for (int64_t s = begin; s < end && t0 < real(b); s += kKeyBlock) {
         int64_t n = std::min(kKeyBlock, end - s);
         for (int64_t r = 0; r < rows; r++) {
           int64_t position = first(b) + t0 + r / share;
-          low[r] = static_cast<int32_t>(std::clamp<int64_t>(position - reach + 1 - s, 0, n));
-          high[r] = static_cast<int32_t>(std::clamp<int64_t>(position + 1 - s, 0, n));
+          low[r] = static_cast<float>(std::clamp<int64_t>(position - reach + 1 - s, 0, n));
+          high[r] = static_cast<float>(std::clamp<int64_t>(position + 1 - s, 0, n));
         }
         int64_t place = (b * slots + s) * row + h * head;
-        isa.attend(at_q, rows, head, at(keys, cached, place), at(values, cached, place), cached,
-                   row * size_of(cached), n, low, high, best, total, sums.data());
+        isa.attend(mine, ldq, rows, head, at(keys, cached, place), at(values, cached, place), cached,
+                   row * size_of(cached), n, low, high, best, total, sums);
       }
       for (int64_t r = 0; r < rows; r++) {
         int64_t t = t0 + r / share;
-        float* line = sums.data() + r * wide;
+        float* line = sums + r * wide;
         // Padding sees nothing and gets zero.
-        float factor = t < real(b) ? 1.f / total[r] : 0.f;
-        for (int64_t i = 0; i < head; i++) line[i] = t < real(b) ? line[i] * factor : 0.f;
+        for (int64_t i = 0; i < head; i++) line[i] = t < real(b) ? line[i] / total[r] : 0.f;
         isa.from_float(line, head, type,
                        at(out->untyped_data(), type, ((b * tokens + t) * heads + h * share + r % share) * head));
       }

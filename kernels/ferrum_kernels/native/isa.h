@@ -42,19 +42,21 @@ struct Isa {
   // 1 / sqrt(mean(x^2) + eps) applied to x and multiplied by weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
 
-  // One block of keys for grouped queries, the inner loop of streaming softmax (see attention.cc).
-  // q [rows, head], keys and values [count] rows of `type` at stride bytes; updates best [rows], total [rows] and
-  // out [rows, head]. Row r sees keys [low[r], high[r]) of the block.
-  void (*attend)(const float* q, int64_t rows, int64_t head, const void* keys, const void* values, Float type,
-                 int64_t stride, int64_t count, const int32_t* low, const int32_t* high, float* best, float* total,
-                 float* out);
+  // One block of keys for queries that share them, the inner loop of streaming softmax (see attention.cc).
+  // q: queries transposed, [head, ldq], ldq = rows rounded up to 32 with zeros. keys, values: [count, head] of `type`,
+  // rows `stride` bytes apart. low, high [ldq]: row r sees keys [low, high) of the block. Updated: best and total
+  // [ldq], the largest score and the sum of weights so far, and out [rows, head rounded up to 32], the weighted sum.
+  void (*attend)(const float* q, int64_t ldq, int64_t rows, int64_t head, const void* keys, const void* values,
+                 Float type, int64_t stride, int64_t count, const float* low, const float* high, float* best,
+                 float* total, float* out);
 
   // softmax over n, in place; returns false when a value is NaN or +infinity.
   bool (*softmax)(float* x, int64_t n);
 };
 
-constexpr int64_t kKeyBlock = 64;  // keys in one call of `attend`
-constexpr int64_t kHeadMost = 256;  // the longest head
+constexpr int64_t kKeyBlock = 64;    // keys in one call of `attend`
+constexpr int64_t kQueryRows = 128;  // and query rows
+constexpr int64_t kHeadMost = 256;   // the longest head
 
 // The one in use: the best this machine has, or what FERRUM_JAX_CPU_ISA names; null when that cannot be used here.
 const Isa* chosen_isa();

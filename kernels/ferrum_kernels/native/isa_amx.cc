@@ -23,32 +23,49 @@ struct alignas(64) TileConfig {
 // must be forced out.
 void settle() { asm volatile("" ::: "memory"); }
 
-// The product of up to 32 rows and 32 columns at a time. Tiles 0 to 3 sum, 4 and 5 hold activations [16 rows, 64
-// inputs], 6 and 7 codes [16 groups of four inputs, 16 columns].
+// The most columns whose codes are unpacked before they are multiplied. A tile load waits for every store to its
+// memory to reach the cache, so stores must lie well before loads.
+constexpr int64_t kUnpacked = 256;
+
+// Products of up to 32 rows and 32 columns at a time. Tiles 0 to 3 sum, 4 and 5 hold activations [16 rows, 64 inputs],
+// 6 and 7 codes [16 groups of four inputs, 16 columns].
 template <int bits>
 struct Int8 {
+  static constexpr int64_t codes = 32 / bits, deep = Blocks::kMost / 64, per_tile = 64 / codes;
+
   static void dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x, int64_t rows,
                   int32_t* acc, int64_t ld_acc) {
     if (rows < kFewestRows) return Vnni<bits>::dot(w, ld, words, columns, x, rows, acc, ld_acc);
-    constexpr int64_t codes = 32 / bits, deep = Blocks::kMost / 64, per_tile = 64 / codes;
     alignas(64) int8_t activations[kTileRows][Blocks::kMost];
-    alignas(64) uint8_t weights[2][deep][16][64];
-    alignas(64) int32_t spare[16][16];
     TileConfig config;
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    int64_t inputs = words * codes, tiles = (inputs + 63) / 64;
+    int64_t inputs = words * codes;
     for (int64_t m = 0; m < kTileRows; m++) {
-      __builtin_memset(activations[m], 0, sizeof(activations[m]));
+      if (m >= rows || inputs < Blocks::kMost) __builtin_memset(activations[m], 0, sizeof(activations[m]));
       if (m < rows) __builtin_memcpy(activations[m], x[m], static_cast<size_t>(inputs));
     }
-    __builtin_memset(weights, 0, sizeof(weights));
     settle();
     _tile_loadconfig(&config);
+    for (int64_t c = 0; c < columns; c += kUnpacked)
+      multiply(w + c, ld, words, columns - c < kUnpacked ? columns - c : kUnpacked, activations, rows, acc + c, ld_acc);
+    _tile_release();
+    settle();
+  }
+
+  static void multiply(const uint32_t* w, int64_t ld, int64_t words, int64_t columns,
+                       const int8_t (*activations)[Blocks::kMost], int64_t rows, int32_t* acc, int64_t ld_acc) {
+    alignas(64) uint8_t weights[kUnpacked / kWide][deep][16][64];
+    alignas(64) int32_t spare[16][16];
+    int64_t tiles = (words + per_tile - 1) / per_tile;
+    if (words % per_tile) __builtin_memset(weights, 0, sizeof(weights));
+    for (int64_t i = 0; i < words; i++)
+      for (int64_t c = 0; c < columns; c += kWide)
+        unpack(w + i * ld + c, weights[c / kWide][i / per_tile], i % per_tile);
+    settle();
     bool both = rows > 16;
     for (int64_t c = 0; c < columns; c += 2 * kWide) {
-      for (int64_t v = 0; v < 2; v++)
-        for (int64_t i = 0; i < words; i++) unpack(w + i * ld + c + v * kWide, weights[v][i / per_tile], i % per_tile);
-      settle();
+      const auto& left = weights[c / kWide];
+      const auto& right = weights[c / kWide + 1];
       _tile_zero(0);
       _tile_zero(1);
       if (both) {
@@ -57,8 +74,8 @@ struct Int8 {
       }
       for (int64_t t = 0; t < tiles; t++) {
         _tile_loadd(4, activations[0] + t * 64, Blocks::kMost);
-        _tile_loadd(6, weights[0][t], 64);
-        _tile_loadd(7, weights[1][t], 64);
+        _tile_loadd(6, left[t], 64);
+        _tile_loadd(7, right[t], 64);
         _tile_dpbsud(0, 4, 6);
         _tile_dpbsud(1, 4, 7);
         if (both) {
@@ -77,7 +94,7 @@ struct Int8 {
         _tile_stored(1, spare, 64);
         copy_rows(spare, rows, to + kWide, ld_acc);
       }
-      if (rows == 32) {
+      if (rows == kTileRows) {
         _tile_stored(2, to + 16 * ld_acc, ld_acc * 4);
         _tile_stored(3, to + 16 * ld_acc + kWide, ld_acc * 4);
       } else if (both) {
@@ -87,7 +104,6 @@ struct Int8 {
         copy_rows(spare, rows - 16, to + 16 * ld_acc + kWide, ld_acc);
       }
     }
-    _tile_release();
     settle();
   }
 

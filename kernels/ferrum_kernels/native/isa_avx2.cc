@@ -110,85 +110,6 @@ void pass(const uint32_t* w, int64_t ld, int64_t columns, const int8_t* const* x
   }
 }
 
-// Many rows: 4-bit codes are first spread to bytes, 64 columns at a time, so that every row reads them from the
-// first-level cache. Strip s of 16 columns lies at bytes + s * kSteps * 64, one step of four inputs per 64 bytes.
-constexpr int64_t kSpread = 128, kSteps = Blocks::kMost / 4;
-
-void spread(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, uint8_t* bytes) {
-  const I mask = _mm256_set1_epi8(15);
-  for (int64_t i = 0; i < words; i++)
-    for (int64_t c = 0; c < columns; c += kWide) {
-      I word = loadi(w + i * ld + c);
-      uint8_t* to = bytes + c / 16 * kSteps * 64 + 2 * i * 64 + c % 16 * 4;
-      storei(to, _mm256_and_si256(word, mask));
-      storei(to + 64, _mm256_and_si256(_mm256_srli_epi16(word, 4), mask));
-    }
-}
-
-template <int rows, int steps, bool first>
-void spread_pass(const uint8_t* bytes, int64_t columns, const int8_t* const* x, int32_t* acc, int64_t ld_acc) {
-  const I one = _mm256_set1_epi16(1);
-  const int8_t* at[rows];
-  for (int m = 0; m < rows; m++) at[m] = x[m];
-  for (int64_t c = 0; c < columns; c += 16, bytes += kSteps * 64) {
-    I sum[rows][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < steps; i++) {
-      I p = loadi(bytes + i * 64), q = loadi(bytes + i * 64 + 32);
-#pragma GCC unroll 4
-      for (int m = 0; m < rows; m++) {
-        I s = four(at[m] + i * 4), a = _mm256_maddubs_epi16(p, s), b = _mm256_maddubs_epi16(q, s);
-        sum[m][0] = i ? keep(_mm256_add_epi16(sum[m][0], a)) : a;
-        sum[m][1] = i ? keep(_mm256_add_epi16(sum[m][1], b)) : b;
-      }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-      for (int v = 0; v < 2; v++) {
-        I wide = _mm256_madd_epi16(sum[m][v], one);
-        int32_t* to = acc + m * ld_acc + c + v * kWide;
-        storei(to, first ? wide : addi(wide, loadi(to)));
-      }
-  }
-}
-
-template <int rows>
-void spread_rows(const uint8_t* bytes, int64_t steps, int64_t columns, const int8_t* const* x, int32_t* acc,
-                 int64_t ld_acc) {
-  const int8_t* at[rows];
-  for (int64_t i = 0; i < steps;) {
-    for (int m = 0; m < rows; m++) at[m] = x[m] + i * 4;
-    const uint8_t* from = bytes + i * 64;
-    if (steps - i >= 8) {
-      (i ? spread_pass<rows, 8, false> : spread_pass<rows, 8, true>)(from, columns, at, acc, ld_acc);
-      i += 8;
-    } else {
-      (i ? spread_pass<rows, 2, false> : spread_pass<rows, 2, true>)(from, columns, at, acc, ld_acc);
-      i += 2;
-    }
-  }
-}
-
-void spread_dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x, int64_t rows,
-                int32_t* acc, int64_t ld_acc) {
-  alignas(64) uint8_t bytes[kSpread / 16 * kSteps * 64];
-  for (int64_t c = 0; c < columns; c += kSpread) {
-    int64_t here = columns - c < kSpread ? columns - c : kSpread;
-    spread(w + c, ld, words, here, bytes);
-    for (int64_t m = 0; m < rows;) {
-      int32_t* to = acc + m * ld_acc + c;
-      int64_t left = rows - m;
-      if (left >= 4) spread_rows<4>(bytes, 2 * words, here, x + m, to, ld_acc), m += 4;
-      else if (left == 3) spread_rows<3>(bytes, 2 * words, here, x + m, to, ld_acc), m += 3;
-      else if (left == 2) spread_rows<2>(bytes, 2 * words, here, x + m, to, ld_acc), m += 2;
-      else spread_rows<1>(bytes, 2 * words, here, x + m, to, ld_acc), m += 1;
-    }
-  }
-}
-
-// From how many rows spreading the codes pays.
-constexpr int64_t kManyRows = 8;
-
 template <int bits>
 struct Int8 {
   template <int rows>
@@ -211,7 +132,6 @@ struct Int8 {
 
   static void dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x, int64_t rows,
                   int32_t* acc, int64_t ld_acc) {
-    if (bits == 4 && rows >= kManyRows) return spread_dot(w, ld, words, columns, x, rows, acc, ld_acc);
     for (int64_t m = 0; m < rows;) {
       int32_t* to = acc + m * ld_acc;
       int64_t left = rows - m;

@@ -24,7 +24,7 @@ void copy_bytes(void* to, const void* from, int64_t n) { __builtin_memcpy(to, fr
 
 // e^x after Cephes: x = n log 2 + r, a polynomial in r. Relative error below 2e-7 within +-87; zero below.
 V exp_of(V x) {
-  V kept = max(min(x, set(88.f)), set(-87.5f));
+  V kept = max(min(x, set(88.f)), set(-87.f));
   I n = to_int(mul(kept, set(1.44269504f)));
   V r = fma(to_float(n), set(-0.693359375f), kept);
   r = fma(to_float(n), set(2.12194440e-4f), r);
@@ -485,62 +485,62 @@ void tile(const Packed& w, int64_t column0, int64_t columns, int64_t chunk0, int
 // ---- attention
 
 template <Float type>
-void attend_as(const float* q, int64_t rows, int64_t head, const void* keys, const void* values, int64_t stride,
-               int64_t count, const int32_t* low, const int32_t* high, float* best, float* total, float* out) {
+void attend_as(const float* q, int64_t ldq, int64_t rows, int64_t head, const void* keys, const void* values,
+               int64_t stride, int64_t count, const float* low, const float* high, float* best, float* total,
+               float* out) {
   int64_t ld = padded(head);
-  alignas(64) float key[kHeadMost * kKeyBlock];  // transposed: [head, keys]
+  alignas(64) float key[kKeyBlock * kHeadMost];
   alignas(64) float value[kKeyBlock * kHeadMost];
-  alignas(64) float line[kHeadMost + kPad];
-  alignas(64) float scores[kTileRows * kKeyBlock];
-  for (int64_t s = 0; s < kKeyBlock; s++) {
-    if (s < count) {
-      to_float(static_cast<const char*>(keys) + s * stride, type, head, line);
-      to_float(static_cast<const char*>(values) + s * stride, type, head, value + s * ld);
-    } else {
-      __builtin_memset(line, 0, sizeof(line));
-      __builtin_memset(value + s * ld, 0, static_cast<size_t>(head) * 4);
-    }
-    for (int64_t d = 0; d < head; d++) key[d * kKeyBlock + s] = line[d];
+  alignas(64) float scores[kKeyBlock * kQueryRows];  // [keys, rows]
+  alignas(64) float fade[kQueryRows];
+  alignas(64) float weights[kQueryRows * kKeyBlock];  // [rows, keys]
+  const float* at[kQueryRows > kKeyBlock ? kQueryRows : kKeyBlock];
+  for (int64_t s = 0; s < count; s++) {
+    to_float_as<type>(static_cast<const char*>(keys) + s * stride, head, key + s * ld);
+    to_float_as<type>(static_cast<const char*>(values) + s * stride, head, value + s * ld);
     for (int64_t d = head; d < ld; d++) value[s * ld + d] = 0.f;
+    at[s] = key + s * ld;
   }
-  for (int64_t r0 = 0; r0 < rows; r0 += kTileRows) {
-    int64_t here = least(kTileRows, rows - r0);
-    const float* at[kTileRows];
-    for (int64_t m = 0; m < here; m++) at[m] = q + (r0 + m) * head;
-    clear(scores, here, kKeyBlock);
-    dense_any<Float::f32>(key, kKeyBlock, head, kKeyBlock, at, here, scores, kKeyBlock);
-    for (int64_t m = 0; m < here; m++) {
-      int64_t r = r0 + m;
-      float* score = scores + m * kKeyBlock;
-      float most = best[r];
-      for (int64_t s = low[r]; s < high[r]; s++) most = score[s] > most ? score[s] : most;
-      for (int64_t s = 0; s < kKeyBlock; s++)
-        if (s < low[r] || s >= high[r]) score[s] = -1e30f;
-      V sum = zero();
-      for (int64_t s = 0; s < kKeyBlock; s += kWide) {
-        V weight = exp_of(sub(load(score + s), set(most)));
-        store(score + s, weight);
-      }
-      for (int64_t s = 0; s < kKeyBlock; s++)
-        if (s < low[r] || s >= high[r]) score[s] = 0.f;
-      for (int64_t s = 0; s < kKeyBlock; s += kWide) sum = add(sum, load(score + s));
-      float fade = exp_of(best[r] - most);
-      total[r] = total[r] * fade + sum_of(sum);
-      best[r] = most;
-      if (fade != 1.f)
-        for (int64_t d = 0; d < ld; d += kWide) store(out + r * ld + d, mul(load(out + r * ld + d), set(fade)));
-      at[m] = score;
+  clear(scores, count, ldq);
+  dense_any<Float::f32>(q, ldq, head, ldq, at, count, scores, ldq);
+
+  for (int64_t r = 0; r < ldq; r += kWide) {
+    V was = load(best + r), most = was, first = load(low + r), end = load(high + r), sum = zero();
+    for (int64_t s = 0; s < count; s++) {
+      // Zero for a key that the row sees, at least one for the others.
+      V key_number = set(static_cast<float>(s));
+      V unseen = add(max(zero(), sub(first, key_number)), max(zero(), sub(add(key_number, set(1.f)), end)));
+      V score = fma(set(-1e30f), unseen, load(scores + s * ldq + r));
+      store(scores + s * ldq + r, score);
+      most = max(score, most);
     }
-    dense_any<Float::f32>(value, ld, kKeyBlock, ld, at, here, out + r0 * ld, ld);
+    for (int64_t s = 0; s < count; s++) {
+      // What exp gives for an unseen key is tiny, not zero. The order keeps a NaN.
+      V weight = max(zero(), sub(exp_of(sub(load(scores + s * ldq + r), most)), set(1e-37f)));
+      store(scores + s * ldq + r, weight);
+      sum = add(sum, weight);
+    }
+    V kept = exp_of(sub(was, most));
+    store(fade + r, kept);
+    store(best + r, most);
+    store(total + r, fma(load(total + r), kept, sum));
   }
+
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t s = 0; s < count; s++) weights[r * kKeyBlock + s] = scores[s * ldq + r];
+    at[r] = weights + r * kKeyBlock;
+    if (fade[r] != 1.f)
+      for (int64_t d = 0; d < ld; d += kWide) store(out + r * ld + d, mul(load(out + r * ld + d), set(fade[r])));
+  }
+  dense_any<Float::f32>(value, ld, count, ld, at, rows, out, ld);
 }
 
-void attend(const float* q, int64_t rows, int64_t head, const void* keys, const void* values, Float type,
-            int64_t stride, int64_t count, const int32_t* low, const int32_t* high, float* best, float* total,
+void attend(const float* q, int64_t ldq, int64_t rows, int64_t head, const void* keys, const void* values, Float type,
+            int64_t stride, int64_t count, const float* low, const float* high, float* best, float* total,
             float* out) {
   auto run = type == Float::f32 ? attend_as<Float::f32>
                                 : type == Float::bf16 ? attend_as<Float::bf16> : attend_as<Float::f16>;
-  run(q, rows, head, keys, values, stride, count, low, high, best, total, out);
+  run(q, ldq, rows, head, keys, values, stride, count, low, high, best, total, out);
 }
 
 constexpr Isa make(const char* name, int64_t wide_rows) {

@@ -27,7 +27,8 @@ Products::Products(const Isa& isa, int64_t k, int64_t n, int64_t group_or_zero, 
     int64_t rows = products_[i].count;
     // Few rows: whole word rows, as memory lies. Many rows: narrow tiles, whose sums stay in the first-level cache.
     bool tall = rows < isa.wide_rows;
-    int64_t row_step = tall ? rows : std::min(kTileRows, rows);
+    int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+    int64_t row_step = tall ? rows : std::min(kTileRows, (rows / row_tiles + 4) / 4 * 4);
     int64_t widest = kTileSize / ((row_step + 3) / 4 * 4) / 32 * 32;
     int64_t column_step = std::min(tall ? kTileColumns : int64_t{128}, widest);
     for (int64_t row = 0; row < rows; row += row_step)

@@ -1,0 +1,162 @@
+"""The leaves of one layer, read from a checkpoint straight into the arrays that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ferrum_jax.checkpoint.dialect import Dialect
+from ferrum_jax.checkpoint.files import CheckpointFiles, TensorReader
+from ferrum_jax.errors import CheckpointError, ShapeError
+from ferrum_jax.kernels import GptqTensors, MixedStack, PackedLinear, from_gptq
+from ferrum_jax.progress import Progress
+from ferrum_jax.sources import Experts, Linear, Vector
+from ferrum_kernels.bits import pack, unpack
+
+_AS_STORED = {"I32": np.uint32, "F16": np.float16}  # stored dtype -> what has the same bits
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReader:
+    """Fills arrays from tensors that read_dialect has accepted; several threads may fill at once.
+
+    Attributes:
+      reader: of the files.
+      files: the tensor table.
+      dialect: the findings.
+      progress: advanced by the bytes of each tensor.
+    """
+
+    reader: TensorReader
+    files: CheckpointFiles
+    dialect: Dialect
+    progress: Progress
+
+    def fill(self, source: Any, out: Any) -> None:
+        """Read one leaf.
+
+        Args:
+          source: Vector, Linear or Experts.
+          out: the leaf, an array, PackedLinear or MixedStack, with writable numpy arrays and no layer axis.
+
+        Raises:
+          CheckpointError: a file changed or cannot be read, or a module contradicts what read_dialect found.
+        """
+        if isinstance(source, Vector):
+            self._vector(source.name, out)
+        elif isinstance(source, Linear):
+            self._linear(source, out)
+        else:
+            assert isinstance(source, Experts)
+            stacks = zip(out.parts, out.experts, strict=True) if isinstance(out, MixedStack) else [(out, None)]
+            for part, ids in stacks:
+                for i, e in enumerate(range(len(source.experts)) if ids is None else ids):
+                    self._linear(source.experts[e], part[i])
+
+    def forget(self, sources: Any) -> None:
+        """Let the system drop the tensors of a layer from its file cache.
+
+        Args:
+          sources: a tree of Vector, Linear and Experts.
+        """
+        self.reader.forget(self.dialect.names[name] for name in _names(sources) if name in self.dialect.names)
+
+    def _linear(self, source: Linear, out: Any) -> None:
+        if not isinstance(out, PackedLinear):
+            for module, columns in _columns(source):
+                self._dense(f"{module}.weight", out[:, columns])
+        elif out.qzeros is None and out.perm is None:
+            for module, columns in _columns(source):
+                self._words(f"{module}.qweight", out.qweight[:, columns])
+                self._words(f"{module}.scales", out.scales[:, columns])
+        else:
+            one = self._decoded(source, out)
+            for target, value in zip(jax.tree.leaves(out), jax.tree.leaves(one), strict=True):
+                target[...] = value
+
+    def _vector(self, name: str, out: np.ndarray) -> None:
+        for rows, block in self.reader.blocks(self._stored(name)):
+            out[rows] = block
+
+    def _dense(self, name: str, out: np.ndarray) -> None:
+        """A weight that is stored [N, K] and held [K, N]."""
+        for rows, block in self.reader.blocks(self._stored(name)):
+            out[:, rows] = block.astype(out.dtype, copy=False).T
+
+    def _words(self, name: str, out: np.ndarray) -> None:
+        """Words or scales as they are, to some columns of a wider matrix."""
+        stored = self._stored(name)
+        if out.flags.c_contiguous and _AS_STORED.get(self.files.tensors[stored].dtype) == out.dtype:
+            self.reader.into(stored, out)
+            return
+        for rows, block in self.reader.blocks(stored):
+            out[rows] = block
+
+    def _decoded(self, source: Linear, out: PackedLinear) -> PackedLinear:
+        """Modules side by side, with zero points or an order of their inputs."""
+        parts = [self._packed(module, out) for module in source.modules]
+        if len(parts) == 1:
+            return parts[0]
+        qzeros = None
+        if out.qzeros is not None:
+            zeros = [unpack(part.qzeros, part.bits, part.n_per_expert, axis=-1) for part in parts]
+            qzeros = pack(np.concatenate(zeros, axis=-1), out.bits, axis=-1)
+        return dataclasses.replace(
+            parts[0],
+            qweight=np.concatenate([part.qweight for part in parts], axis=-1),
+            scales=np.concatenate([part.scales for part in parts], axis=-1),
+            qzeros=qzeros,
+            shape=out.shape,
+        )
+
+    def _packed(self, module: str, out: PackedLinear) -> PackedLinear:
+        names = {field: f"{module}.{field}" for field in ("qweight", "qzeros", "scales", "g_idx")}
+        g_idx = self._read(names["g_idx"]) if names["g_idx"] in self.dialect.names else None
+        scales = self._read(names["scales"]).astype(np.float16, copy=False)
+        tensors = GptqTensors(self._read(names["qweight"]), self._read(names["qzeros"]), scales, g_idx)
+        try:
+            return from_gptq(
+                tensors,
+                out.bits,
+                out.group_size,
+                self.dialect.version or "gptq",
+                k=out.k,
+                sym=out.qzeros is None,
+                act_order=out.perm is not None,
+            )
+        except ShapeError as error:
+            raise CheckpointError(f"{module}: {error}") from error
+
+    def _read(self, name: str) -> np.ndarray:
+        return self.reader[self._stored(name)]
+
+    def _stored(self, name: str) -> str:
+        stored = self.dialect.names[name]
+        self.progress.advance(self.files.tensors[stored].nbytes)
+        return stored
+
+
+def _columns(source: Linear) -> Iterator[tuple[str, slice]]:
+    """The modules of a linear with the output columns that each of them fills."""
+    start = 0
+    for module, n in zip(source.modules, source.n, strict=True):
+        yield module, slice(start, start + n)
+        start += n
+
+
+def _names(sources: Any) -> Iterator[str]:
+    """All tensors of some sources, whether the checkpoint has them or not."""
+    if isinstance(sources, dict):
+        for child in sources.values():
+            yield from _names(child)
+    elif isinstance(sources, Experts):
+        for expert in sources.experts:
+            yield from _names(expert)
+    elif isinstance(sources, Linear):
+        yield from (f"{module}.{field}" for module in sources.modules for field in ("weight", "qweight", "scales"))
+    else:
+        yield sources.name
