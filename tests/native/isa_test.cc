@@ -1,0 +1,178 @@
+// Every instruction set of this machine against the portable one, bit for bit, on heap buffers of exactly the size that
+// the kernels may touch: a sanitizer sees any other read or write. Built and run by test_native.py.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "isa.h"
+#include "pool.h"
+
+using namespace ferrum;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool true_, const std::string& what) {
+  if (true_) return;
+  if (failures++ < 10) std::printf("%s\n", what.c_str());
+}
+
+float uniform() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
+uint32_t word() { return static_cast<uint32_t>(std::rand()) * 2654435761u ^ static_cast<uint32_t>(std::rand()); }
+
+template <typename T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+struct Weight {
+  std::vector<uint32_t> words, zeros;
+  std::vector<uint16_t> scales;
+  Packed packed;
+
+  Weight(int64_t k, int64_t n, int64_t group, int bits, bool asymmetric) : packed{} {
+    packed.k = k, packed.n = n, packed.group = group, packed.bits = bits;
+    int64_t groups = (k + group - 1) / group;
+    words.resize(static_cast<size_t>(packed.word_rows() * n));
+    zeros.resize(static_cast<size_t>(asymmetric ? groups * packed.zero_words() : 0));
+    scales.resize(static_cast<size_t>(groups * n));
+    for (auto& w : words) w = word();
+    for (auto& z : zeros) z = word();
+    for (auto& s : scales) s = static_cast<uint16_t>(0x3000 + std::rand() % 0xC00);
+    packed.words = words.data(), packed.scales = scales.data(), packed.zeros = asymmetric ? zeros.data() : nullptr;
+  }
+};
+
+std::vector<float> product(const Isa& isa, const Weight& w, const std::vector<float>& x, int64_t rows, bool int8) {
+  int64_t k = w.packed.k, n = w.packed.n, per = w.packed.codes_per_word(), wide = w.packed.word_rows() * per;
+  Blocks blocks(k, w.packed.group);
+  std::vector<std::vector<float>> values, scales, totals;
+  std::vector<std::vector<int8_t>> codes;
+  std::vector<std::vector<int32_t>> sums;
+  std::vector<Row> ready;
+  size_t count = static_cast<size_t>(blocks.count);
+  for (int64_t m = 0; m < rows; m++) {
+    values.emplace_back(static_cast<size_t>(wide), 0.f);
+    std::memcpy(values.back().data(), x.data() + m * k, static_cast<size_t>(k) * 4);
+    scales.emplace_back(count), totals.emplace_back(count), sums.emplace_back(count);
+    codes.emplace_back(static_cast<size_t>(wide));
+    if (int8) {
+      isa.quantize(values.back().data(), blocks, w.packed.bits, codes.back().data(), scales.back().data(),
+                   sums.back().data());
+      ready.push_back({codes.back().data(), nullptr, scales.back().data(), sums.back().data(), nullptr});
+    } else {
+      for (int64_t b = 0; b < blocks.count; b++)
+        for (int64_t i = blocks.begin(b); i < blocks.end(b); i++)
+          totals.back()[static_cast<size_t>(b)] += values.back()[static_cast<size_t>(i)];
+      ready.push_back({nullptr, values.back().data(), nullptr, nullptr, totals.back().data()});
+    }
+  }
+  std::vector<float> y(static_cast<size_t>(rows * n), NAN);
+  isa.tile(w.packed, 0, n, 0, blocks.chunks, ready.data(), rows, y.data(), n);
+  return y;
+}
+
+void products(const Isa& plain, const Isa& isa) {
+  const int64_t shapes[][3] = {{256, 96, 128}, {128, 33, 32}, {512, 64, 512}, {40, 5, 40}, {1088, 70, 64}, {21, 1, 24}};
+  for (auto& [k, n, group] : shapes)
+    for (int bits : {4, 8})
+      for (bool asymmetric : {false, true}) {
+        Weight w(k, n, group, bits, asymmetric);
+        for (int64_t rows : {1, 2, 3, 4, 6, 9, 17, 32}) {
+          std::vector<float> x(static_cast<size_t>(rows * k));
+          for (auto& v : x) v = uniform();
+          for (bool int8 : {false, true})
+            expect(same(product(plain, w, x, rows, int8), product(isa, w, x, rows, int8)),
+                   std::string(isa.name) + ": " + std::to_string(rows) + " x " + std::to_string(k) + " x " +
+                       std::to_string(n) + " in groups of " + std::to_string(group));
+        }
+      }
+}
+
+void plain_products(const Isa& plain, const Isa& isa) {
+  for (Float type : {Float::f32, Float::bf16, Float::f16})
+    for (int64_t k : {1, 70, 600})
+      for (int64_t n : {1, 31, 64}) {
+        std::vector<float> w(static_cast<size_t>(k * n)), x(static_cast<size_t>(5 * k));
+        for (auto& v : w) v = uniform();
+        for (auto& v : x) v = uniform();
+        std::vector<uint16_t> narrow(w.size());
+        if (type != Float::f32) plain.from_float(w.data(), k * n, type, narrow.data());
+        const void* at = type == Float::f32 ? static_cast<const void*>(w.data()) : narrow.data();
+        const float* rows[5];
+        for (int m = 0; m < 5; m++) rows[m] = x.data() + m * k;
+        std::vector<float> a(static_cast<size_t>(5 * n), NAN), b = a;
+        int64_t chunks = (k + Blocks::kChunk - 1) / Blocks::kChunk;
+        plain.dense_tile(at, type, k, n, 0, n, 0, chunks, rows, 5, a.data(), n);
+        isa.dense_tile(at, type, k, n, 0, n, 0, chunks, rows, 5, b.data(), n);
+        expect(same(a, b), std::string(isa.name) + ": plain product");
+      }
+}
+
+void conversions(const Isa& plain, const Isa& isa) {
+  std::vector<float> x(77);
+  for (auto& v : x) v = uniform() * 8.f;
+  x[3] = 65520.f, x[5] = 1e-7f, x[6] = 0.f, x[7] = -0.f;
+  for (Float type : {Float::bf16, Float::f16}) {
+    std::vector<uint16_t> a(77), b(77);
+    plain.from_float(x.data(), 77, type, a.data());
+    isa.from_float(x.data(), 77, type, b.data());
+    expect(same(a, b), std::string(isa.name) + ": rounding to 16 bits");
+    std::vector<float> c(77), d(77);
+    plain.to_float(a.data(), type, 77, c.data());
+    isa.to_float(a.data(), type, 77, d.data());
+    expect(same(c, d), std::string(isa.name) + ": widening from 16 bits");
+  }
+  std::vector<float> y(77);
+  x[3] = 1.f;
+  isa.silu_mul(x.data(), x.data(), 77, y.data());
+  for (size_t i = 0; i < 77; i++) {
+    float expected = x[i] * x[i] / (1.f + std::exp(-x[i]));
+    expect(std::fabs(y[i] - expected) <= 1e-5f * std::fabs(expected) + 1e-9f, std::string(isa.name) + ": SiLU");
+  }
+  expect(isa.softmax(y.data(), 77), std::string(isa.name) + ": softmax");
+  float sum = 0.f;
+  for (float v : y) sum += v;
+  expect(std::fabs(sum - 1.f) < 1e-5f, std::string(isa.name) + ": softmax adds up to one");
+}
+
+// Several threads take the pool at once: every unit of every job runs once.
+void jobs() {
+  std::vector<std::thread> callers;
+  std::vector<std::vector<int>> counts(4, std::vector<int>(100, 0));
+  for (auto& mine : counts)
+    callers.emplace_back([&mine] {
+      for (int round = 0; round < 200; round++) {
+        Session session;
+        session.run(100, [&](int64_t unit) { mine[static_cast<size_t>(unit)]++; });
+      }
+    });
+  for (auto& caller : callers) caller.join();
+  for (auto& mine : counts)
+    for (int count : mine) expect(count == 200, "a unit of a job ran another number of times than once");
+}
+
+}  // namespace
+
+int main() {
+  std::string names = usable_isas();
+  choose_isa("portable");
+  const Isa& plain = *chosen_isa();
+  for (size_t begin = 0; begin < names.size();) {
+    size_t end = std::min(names.find(',', begin), names.size());
+    choose_isa(names.substr(begin, end - begin).c_str());
+    const Isa& isa = *chosen_isa();
+    products(plain, isa);
+    plain_products(plain, isa);
+    conversions(plain, isa);
+    begin = end + 1;
+  }
+  jobs();
+  std::printf("%s: %d failures\n", names.c_str(), failures);
+  return failures != 0;
+}
