@@ -56,7 +56,8 @@ def differentiable(kernel: Callable[..., Any], specification: Callable[..., Any]
 def refuse_weight_gradients(constants: Any) -> None:
     """Raise when a gradient of a packed weight is asked for, inside the forward rule of a custom_vjp."""
     leaves = jax.tree.leaves(constants, is_leaf=lambda node: hasattr(node, "perturbed"))
-    if any(leaf.perturbed for leaf in leaves):
+    # Integers that come out of a differentiated function count as perturbed, though no gradient reaches them.
+    if any(leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.inexact) for leaf in leaves):
         raise BackendError(
             "this product is differentiable with respect to activations only; a gradient of the packed weights was "
             "asked for. Differentiate a dense copy instead: dequantize(weights)."

@@ -102,7 +102,7 @@ def test_activations_of_another_shape_or_dtype_are_refused(x, message):
 
 def test_a_stack_is_refused():
     stack = jax.tree.map(lambda leaf: leaf[None], W)
-    message = r"gptq_matmul takes one matrix, this PackedLinear has leading axes \(1,\); index it first\."
+    message = r"this PackedLinear has leading axes \(1,\); gptq_matmul takes one matrix, or a stack \[L\] with layer=\."
     with pytest.raises(ShapeError, match=message):
         gptq_matmul(jnp.zeros((5, 37)), stack)
 
