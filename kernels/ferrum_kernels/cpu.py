@@ -257,7 +257,7 @@ def _arrays(w: PackedLinear) -> tuple[jax.Array, ...]:
     return w.qweight, w.scales, zeros, perm
 
 
-def _packing(w: PackedLinear) -> dict[str, int]:
+def _packing(w: PackedLinear) -> dict[str, Any]:
     return {"group": w.group_size, "bits": w.bits}
 
 

@@ -166,7 +166,7 @@ def gptq_matmul(
     def run(name: str) -> jax.Array:
         if name in cpu.NAMES and rows.shape[0]:
             return _cpu_matmul(rows, w, layer, cpu.int8(name, x.dtype), dtype)
-        one = w if layer is None else xla.expert(w, None, jnp.asarray(layer, jnp.int32))
+        one = _one(w, layer)
         if name == "reference":
             return reference.gptq_matmul(rows, one)
         y = (apple if name == "apple" else xla).gptq_matmul(rows, one)
@@ -176,17 +176,22 @@ def gptq_matmul(
     return y.astype(dtype).reshape(*x.shape[:-1], w.n_per_expert)
 
 
+def _one(w: PackedLinear, layer: Any) -> PackedLinear:
+    if layer is None:
+        return w
+    index = jnp.asarray(layer, jnp.int32)
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), w)
+
+
 def _cpu_matmul(x: jax.Array, w: PackedLinear, layer: Any, rounded: bool, dtype: Any) -> jax.Array:
     def specification(x: jax.Array, constants: tuple) -> jax.Array:
-        w, layer = constants
-        one = w if layer is None else xla.expert(w, None, layer)
-        return xla.gptq_matmul(x, one).astype(out)
+        return xla.gptq_matmul(x, _one(*constants)).astype(out)
 
     out = dtype if w.bias is None else jnp.dtype(jnp.float32)
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
     bias = w.bias if w.bias is None or index is None else w.bias[index]
     w = dataclasses.replace(w, bias=None)
-    y = differentiable(lambda x, c: cpu.gptq_matmul(x, *c, rounded, out), specification)(x, (w, index))
+    y = differentiable(lambda x, c: cpu.gptq_matmul(x, c[0], c[1], rounded, out), specification)(x, (w, index))
     return y if bias is None else y + bias.astype(jnp.float32)[None]
 
 
