@@ -149,7 +149,8 @@ def route(x: jax.Array, router: jax.Array, layer: Any, top_k: int, norm: bool) -
         jax.ShapeDtypeStruct((tokens, n), dtype)
         for n, dtype in ((experts, jnp.float32), (top_k, jnp.int32), (top_k, jnp.float32))
     )
-    return _call("route", out, x, router, _index(layer), top_k=top_k, norm=norm)
+    # jax 0.5.0 gives a list.
+    return tuple(_call("route", out, x, router, _index(layer), top_k=top_k, norm=norm))
 
 
 def experts(
