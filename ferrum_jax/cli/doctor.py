@@ -20,7 +20,15 @@ from tyro.conf import arg
 from ferrum_jax import __version__
 from ferrum_jax.cli.options import NO_DEFAULT, Common
 from ferrum_jax.cli.output import Status, emit, size
-from ferrum_jax.environment import check_platform, compile_cache_folder, free_host_memory, installed
+from ferrum_jax.environment import (
+    WEIGHT_CACHE,
+    check_platform,
+    compile_cache_folder,
+    free_host_memory,
+    installed,
+    switched_off,
+    weight_cache_folder,
+)
 from ferrum_jax.errors import BackendError
 from ferrum_kernels import cpu_library
 
@@ -136,7 +144,11 @@ def examine(timeout: float) -> dict[str, Any]:
         "cpu_kernels": cpu,
         "cpu_cores": os.cpu_count(),
         "compiler": compiler(),
-        "caches": {"huggingface": cache(_huggingface_cache()), "compile": cache(_compile_cache())},
+        "caches": {
+            "huggingface": cache(_huggingface_cache()),
+            "compile": cache(_compile_cache()),
+            "weights": cache(None if switched_off(WEIGHT_CACHE) else weight_cache_folder()),
+        },
         "memory": {"total_bytes": _total_memory(), "available_bytes": free_host_memory()},
         "environment": {name: shown(name, os.environ[name]) for name in VARIABLES if name in os.environ},
     }

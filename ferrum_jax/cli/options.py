@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ class CannotStart(BackendError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(abc.ABC):
     """Options of every command.
 
     Args:
@@ -41,9 +42,9 @@ class Common:
     quiet: Annotated[bool, arg(aliases=("-q",), help_behavior_hint=NO_DEFAULT)] = False
     debug: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
 
+    @abc.abstractmethod
     def execute(self) -> int:
         """Do the work; returns the exit code."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ferrum_kernels.errors import BackendError
 
+MOST_THREADS = 1024
 ABI = 1  # the number in native/ffi.cc
 PATH = Path(__file__).with_name("libferrum_cpu.dylib" if sys.platform == "darwin" else "libferrum_cpu.so")
 COMPILER = "xcode-select --install" if sys.platform == "darwin" else "on Debian and Ubuntu: apt install g++"
@@ -42,7 +43,7 @@ def library() -> ctypes.CDLL:
       The same handle at every call.
 
     Raises:
-      BackendError: it cannot be used here; the sentence of `unavailable`.
+      BackendError: it cannot be used here, or an environment variable for it is wrong.
     """
     loaded = _load()
     if isinstance(loaded, str):
@@ -52,6 +53,9 @@ def library() -> ctypes.CDLL:
 
 def unavailable() -> str | None:
     """Why the CPU kernels cannot be used and what to do about it, or None when they can.
+
+    Raises:
+      BackendError: FERRUM_JAX_CPU_ISA or FERRUM_JAX_THREADS is wrong, which is no reason to do without the kernels.
 
     >>> unavailable() is None or unavailable().endswith(".")
     True
@@ -77,6 +81,7 @@ def describe() -> CpuKernels:
 def _load() -> ctypes.CDLL | str:
     if sys.platform not in ("linux", "darwin"):
         return f"The CPU kernels run on Linux and macOS, and this is {sys.platform}."
+    _check_threads()
     if not PATH.exists():
         return (
             f"The CPU kernels were not built when ferrum-jax was installed ({PATH} is missing). Install a C++ compiler "
@@ -97,11 +102,20 @@ def _load() -> ctypes.CDLL | str:
     if found != ABI:
         return f"{PATH} has interface {found}, and these Python files need {ABI}; run  {REINSTALL}."
     if not cpu.ferrum_cpu_isa():
-        return (
+        raise BackendError(
             f"FERRUM_JAX_CPU_ISA is {os.environ.get('FERRUM_JAX_CPU_ISA')!r}; this machine and this build have "
             f"{', '.join(_isas(cpu))}. Name one of these, or unset the variable."
         )
     return cpu
+
+
+def _check_threads() -> None:
+    wanted = os.environ.get("FERRUM_JAX_THREADS", "")
+    if wanted and not (wanted.isdecimal() and 1 <= int(wanted) <= MOST_THREADS):
+        raise BackendError(
+            f"FERRUM_JAX_THREADS is {wanted!r}; a whole number from 1 to {MOST_THREADS} is accepted. Correct it, or "
+            f"unset the variable to use every processor that this process may run on."
+        )
 
 
 def _isas(cpu: ctypes.CDLL) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def test_this_environment(capsys, monkeypatch):
 def test_text_for_people(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "probe", lambda _: FINE)
     monkeypatch.setenv("FERRUM_JAX_COMPILE_CACHE", "off")
+    monkeypatch.setenv("FERRUM_JAX_WEIGHT_CACHE", "/somewhere/else")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -60,6 +61,7 @@ def test_text_for_people(capsys, monkeypatch):
         "device      cpu: cpu\n",
         "kernels     xla\n",
         "cache       compile: off\n",
+        "cache       weights: /somewhere/else (0 B",
         "cache       huggingface: /",
     ):
         assert line in out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ferrum_kernels import BackendError, cpu_library
+from ferrum_kernels import BackendError, cpu_library, ops
 
 compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(compiler is None, reason="there is no C++ compiler")
@@ -84,8 +84,24 @@ def test_files_of_two_versions(load, tmp_path):
 @needs_compiler
 def test_an_instruction_set_that_is_not_there(load, tmp_path, monkeypatch):
     monkeypatch.setenv("FERRUM_JAX_CPU_ISA", "wider")
-    problem = load(build(tmp_path, GOOD, ABI=str(cpu_library.ABI), ISA='""'))
-    assert problem.startswith("FERRUM_JAX_CPU_ISA is 'wider'; this machine and this build have portable, wide. ")
+    with pytest.raises(BackendError, match=r"'wider'; this machine and this build have portable, wide\. Name one"):
+        load(build(tmp_path, GOOD, ABI=str(cpu_library.ABI), ISA='""'))
+
+
+@pytest.mark.parametrize("threads", ["abc", "-3", "0", "1.5", "1000000"])
+def test_a_number_of_threads_that_is_none_is_refused(load, tmp_path, monkeypatch, threads):
+    monkeypatch.setenv("FERRUM_JAX_THREADS", threads)
+    message = rf"FERRUM_JAX_THREADS is '{threads}'; a whole number from 1 to 1024 is accepted\. Correct it, or unset"
+    with pytest.raises(BackendError, match=message):
+        load(tmp_path / "absent.so")
+
+
+def test_a_wrong_variable_is_not_answered_with_the_slow_path(load, tmp_path, monkeypatch):
+    load(tmp_path / "absent.so")
+    assert ops.default_implementation("cpu") == "xla"
+    monkeypatch.setenv("FERRUM_JAX_THREADS", "many")
+    with pytest.raises(BackendError, match="FERRUM_JAX_THREADS is 'many'"):
+        ops.default_implementation("cpu")
 
 
 @needs_library
@@ -99,10 +115,10 @@ def test_this_build():
 @needs_library
 @pytest.mark.parametrize("isa", ["portable", "no-such-set"])
 def test_the_variable_chooses(isa):
-    code = "from ferrum_kernels import cpu_library as c; print(c.unavailable() or c.describe().isa)"
+    code = "from ferrum_kernels import cpu_library as c; print(c.describe().isa)"
     environment = {"FERRUM_JAX_CPU_ISA": isa, "PYTHONPATH": str(cpu_library.PATH.parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == isa if isa == "portable" else "Name one of these" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == isa if isa == "portable" else "Name one of these" in done.stderr
 
 
 @needs_library

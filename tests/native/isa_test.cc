@@ -141,6 +141,58 @@ void conversions(const Isa& plain, const Isa& isa) {
   expect(std::fabs(sum - 1.f) < 1e-5f, std::string(isa.name) + ": softmax adds up to one");
 }
 
+// One pass over two blocks of keys against the softmax written out.
+void attention(const Isa& isa) {
+  for (int64_t head : {2, 30, 64, 128})
+    for (int64_t rows : {1, 5, 33})
+      for (Float type : {Float::f32, Float::bf16}) {
+        const int64_t counts[2] = {kKeyBlock, 7}, ldq = (rows + 31) / 32 * 32, wide = (head + 31) / 32 * 32;
+        const int64_t all = counts[0] + counts[1], stride = head * (type == Float::f32 ? 4 : 2);
+        std::vector<float> key(static_cast<size_t>(all * head)), value(key.size());
+        std::vector<float> q(static_cast<size_t>(head * ldq), 0.f);
+        for (auto* numbers : {&key, &value})
+          for (auto& v : *numbers) v = static_cast<float>(std::rand() % 17 - 8) / 8.f;  // exact in 16 bits
+        for (int64_t i = 0; i < head; i++)
+          for (int64_t r = 0; r < rows; r++) q[static_cast<size_t>(i * ldq + r)] = uniform();
+        std::vector<float> best(static_cast<size_t>(ldq), -1e30f), total(best.size(), 0.f), low(best.size(), 0.f),
+            high(best.size(), 0.f), out(static_cast<size_t>(rows * wide), 0.f);
+        for (int64_t block = 0, first = 0; block < 2; first += counts[block++]) {
+          size_t size = static_cast<size_t>(counts[block] * head), from = static_cast<size_t>(first * head);
+          std::vector<float> k(key.begin() + first * head, key.begin() + first * head + static_cast<int64_t>(size));
+          std::vector<float> v(value.begin() + first * head, value.begin() + first * head + static_cast<int64_t>(size));
+          std::vector<uint16_t> narrow_k(size), narrow_v(size);
+          isa.from_float(key.data() + from, static_cast<int64_t>(size), Float::bf16, narrow_k.data());
+          isa.from_float(value.data() + from, static_cast<int64_t>(size), Float::bf16, narrow_v.data());
+          // Row r sees keys from r on; the last row of many sees nothing of the first block.
+          for (int64_t r = 0; r < rows; r++) {
+            low[static_cast<size_t>(r)] = block == 0 ? static_cast<float>(2 * r < counts[0] ? 2 * r : counts[0]) : 0.f;
+            high[static_cast<size_t>(r)] = static_cast<float>(counts[block]);
+          }
+          const void* at_k = type == Float::f32 ? static_cast<const void*>(k.data()) : narrow_k.data();
+          const void* at_v = type == Float::f32 ? static_cast<const void*>(v.data()) : narrow_v.data();
+          isa.attend(q.data(), ldq, rows, head, at_k, at_v, type, stride, counts[block], low.data(), high.data(),
+                     best.data(), total.data(), out.data());
+        }
+        for (int64_t r = 0; r < rows; r++) {
+          std::vector<double> expected(static_cast<size_t>(head), 0.);
+          double sum = 0.;
+          for (int64_t s = 2 * r < counts[0] ? 2 * r : counts[0]; s < all; s++) {
+            double score = 0.;
+            for (int64_t i = 0; i < head; i++)
+              score += double{q[static_cast<size_t>(i * ldq + r)]} * double{key[static_cast<size_t>(s * head + i)]};
+            sum += std::exp(score);
+            for (int64_t i = 0; i < head; i++)
+              expected[static_cast<size_t>(i)] += std::exp(score) * value[static_cast<size_t>(s * head + i)];
+          }
+          for (int64_t i = 0; i < head; i++) {
+            double got = out[static_cast<size_t>(r * wide + i)] / total[static_cast<size_t>(r)];
+            double wanted = expected[static_cast<size_t>(i)] / sum;
+            expect(std::fabs(got - wanted) < 1e-5, std::string(isa.name) + ": attention");
+          }
+        }
+      }
+}
+
 // Several threads take the pool at once: every unit of every job runs once.
 void jobs() {
   std::vector<std::thread> callers;
@@ -170,6 +222,7 @@ int main() {
     products(plain, isa);
     plain_products(plain, isa);
     conversions(plain, isa);
+    attention(isa);
     begin = end + 1;
   }
   jobs();

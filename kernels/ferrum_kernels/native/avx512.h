@@ -108,14 +108,8 @@ struct Vnni {
 
   static void dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x, int64_t rows,
                   int32_t* acc, int64_t ld_acc) {
-    for (int64_t m = 0; m < rows;) {
-      int32_t* to = acc + m * ld_acc;
-      int64_t left = rows - m;
-      if (left >= 8) dot_rows<8>(w, ld, words, columns, x + m, to, ld_acc), m += 8;
-      else if (left >= 4) dot_rows<4>(w, ld, words, columns, x + m, to, ld_acc), m += 4;
-      else if (left == 3) dot_rows<3>(w, ld, words, columns, x + m, to, ld_acc), m += 3;
-      else if (left == 2) dot_rows<2>(w, ld, words, columns, x + m, to, ld_acc), m += 2;
-      else dot_rows<1>(w, ld, words, columns, x + m, to, ld_acc), m += 1;
-    }
+    in_rows<8>(rows, [&](auto count, int64_t m) {
+      dot_rows<decltype(count)::value>(w, ld, words, columns, x + m, acc + m * ld_acc, ld_acc);
+    });
   }
 };

@@ -1,6 +1,7 @@
 // x86-64 with AVX2, FMA and F16C (Haswell and Zen, and later).
 #include <immintrin.h>
 
+#include "in_rows.h"
 #include "isa.h"
 
 namespace ferrum {
@@ -132,14 +133,9 @@ struct Int8 {
 
   static void dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x, int64_t rows,
                   int32_t* acc, int64_t ld_acc) {
-    for (int64_t m = 0; m < rows;) {
-      int32_t* to = acc + m * ld_acc;
-      int64_t left = rows - m;
-      if (left >= 4) dot_rows<4>(w, ld, words, columns, x + m, to, ld_acc), m += 4;
-      else if (left == 3) dot_rows<3>(w, ld, words, columns, x + m, to, ld_acc), m += 3;
-      else if (left == 2) dot_rows<2>(w, ld, words, columns, x + m, to, ld_acc), m += 2;
-      else dot_rows<1>(w, ld, words, columns, x + m, to, ld_acc), m += 1;
-    }
+    in_rows<4>(rows, [&](auto count, int64_t m) {
+      dot_rows<decltype(count)::value>(w, ld, words, columns, x + m, acc + m * ld_acc, ld_acc);
+    });
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
+#include "in_rows.h"
 #include "isa.h"
 
 namespace ferrum {

@@ -1,4 +1,5 @@
 // Plain C++: what every machine can run, and what the others are measured against.
+#include "in_rows.h"
 #include "isa.h"
 
 namespace ferrum {

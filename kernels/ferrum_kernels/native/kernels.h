@@ -253,14 +253,9 @@ void dense_rows(const void* w, int64_t ld, int64_t k, int64_t columns, const flo
 template <Float type>
 void dense_any(const void* w, int64_t ld, int64_t k, int64_t columns, const float* const* x, int64_t rows, float* acc,
                int64_t ld_acc) {
-  for (int64_t m = 0; m < rows;) {
-    float* to = acc + m * ld_acc;
-    int64_t left = rows - m;
-    if (left >= 4) dense_rows<type, 4>(w, ld, k, columns, x + m, to, ld_acc), m += 4;
-    else if (left == 3) dense_rows<type, 3>(w, ld, k, columns, x + m, to, ld_acc), m += 3;
-    else if (left == 2) dense_rows<type, 2>(w, ld, k, columns, x + m, to, ld_acc), m += 2;
-    else dense_rows<type, 1>(w, ld, k, columns, x + m, to, ld_acc), m += 1;
-  }
+  in_rows<4>(rows, [&](auto count, int64_t m) {
+    dense_rows<type, decltype(count)::value>(w, ld, k, columns, x + m, acc + m * ld_acc, ld_acc);
+  });
 }
 
 void clear(float* acc, int64_t rows, int64_t ld) {
@@ -364,14 +359,9 @@ struct Exact {
   static void dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const float* const* x, int64_t rows,
                   float* acc, int64_t ld_acc) {
     for (int64_t m = 0; m < rows; m++) clear(acc + m * ld_acc, 1, columns);
-    for (int64_t m = 0; m < rows;) {
-      float* to = acc + m * ld_acc;
-      int64_t left = rows - m;
-      if (left >= 4) exact_rows<bits, 4>(w, ld, words, columns, x + m, to, ld_acc), m += 4;
-      else if (left == 3) exact_rows<bits, 3>(w, ld, words, columns, x + m, to, ld_acc), m += 3;
-      else if (left == 2) exact_rows<bits, 2>(w, ld, words, columns, x + m, to, ld_acc), m += 2;
-      else exact_rows<bits, 1>(w, ld, words, columns, x + m, to, ld_acc), m += 1;
-    }
+    in_rows<4>(rows, [&](auto count, int64_t m) {
+      exact_rows<bits, decltype(count)::value>(w, ld, words, columns, x + m, acc + m * ld_acc, ld_acc);
+    });
   }
 
   static V factor(const Row&, int64_t) { return set(1.f); }

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -47,8 +48,12 @@ constexpr auto kPatience = std::chrono::microseconds(200);
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads), process_(getpid()) {
-    for (int i = 1; i < threads; i++) std::thread([this] { work(); }).detach();
+  explicit Pool(int threads) : process_(getpid()) {
+    try {
+      for (; threads_ < threads; threads_++) std::thread([this] { work(); }).detach();
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that there are do the work.
+    }
   }
 
   int threads() const { return threads_; }
@@ -108,7 +113,7 @@ class Pool {
     return epoch_.load();
   }
 
-  const int threads_;
+  int threads_ = 1;
   const pid_t process_;
   std::mutex owner_;
 
