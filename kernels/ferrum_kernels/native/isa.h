@@ -18,6 +18,7 @@ struct Isa {
 
   // From how many rows a matrix product pays for wide tiles of columns instead of whole word rows.
   int64_t wide_rows;
+  int64_t wide_columns;  // of such a tile
 
   // y[m, c] = sum over chunks [chunk0, chunk1) of x[m] @ W[:, column0 + c], for c < columns.
   // rows <= kTileRows, columns <= kTileColumns, rows * columns <= kTileSize (both rounded up to 16).

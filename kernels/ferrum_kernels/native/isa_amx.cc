@@ -11,8 +11,8 @@ namespace {
 
 #include "avx512.h"
 
-// From how many rows a tile of 16 pays against VNNI.
-constexpr int64_t kFewestRows = 6;
+// From how many rows a tile pays against VNNI.
+constexpr int64_t kFewestRows = 4;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -24,114 +24,129 @@ struct alignas(64) TileConfig {
 // must be forced out.
 void settle() { asm volatile("" ::: "memory"); }
 
-// The most columns whose codes are unpacked before they are multiplied. A tile load waits for every store to its
-// memory to reach the cache, so stores must lie well before loads.
-constexpr int64_t kUnpacked = 256;
-
 // Products of up to 32 rows and 32 columns at a time. Tiles 0 to 3 sum, 4 and 5 hold activations [16 rows, 64 inputs],
 // 6 and 7 codes [16 groups of four inputs, 16 columns].
 template <int bits>
-struct Int8 {
-  static constexpr int64_t codes = 32 / bits, deep = Blocks::kMost / 64, per_tile = 64 / codes;
-
-  static void dot(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, const int8_t* const* x, int64_t rows,
-                  int32_t* acc, int64_t ld_acc) {
-    if (rows < kFewestRows) return Vnni<bits>::dot(w, ld, words, columns, x, rows, acc, ld_acc);
-    alignas(64) int8_t activations[kTileRows][Blocks::kMost];
+class Strips {
+ public:
+  // Shapes the tile registers for some rows and for blocks of at most some inputs.
+  Strips(int64_t rows, int64_t most_inputs)
+      : rows_(rows), depth_(most_inputs < kTileInputs ? (most_inputs + 3) / 4 * 4 : kTileInputs) {
     TileConfig config;
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    int64_t inputs = words * codes;
-    for (int64_t m = 0; m < kTileRows; m++) {
-      if (m >= rows || inputs < Blocks::kMost) __builtin_memset(activations[m], 0, sizeof(activations[m]));
-      if (m < rows) __builtin_memcpy(activations[m], x[m], static_cast<size_t>(inputs));
-    }
+    auto shape = [&](int tile, int64_t tile_rows, int64_t bytes) {
+      config.rows[tile] = static_cast<uint8_t>(tile_rows), config.bytes[tile] = static_cast<uint16_t>(bytes);
+    };
+    int64_t upper = rows < 16 ? rows : 16, lower = rows > 16 ? rows - 16 : 1;
+    for (int sum = 0; sum < 4; sum++) shape(sum, sum < 2 ? upper : lower, 64);
+    shape(4, upper, depth_), shape(5, lower, depth_);
+    shape(6, depth_ / 4, 64), shape(7, depth_ / 4, 64);
+    __builtin_memset(activations_, 0, sizeof(activations_));
+    __builtin_memset(weights_, 0, sizeof(weights_));
     settle();
     _tile_loadconfig(&config);
-    for (int64_t c = 0; c < columns; c += kUnpacked)
-      multiply(w + c, ld, words, columns - c < kUnpacked ? columns - c : kUnpacked, activations, rows, acc + c, ld_acc);
-    _tile_release();
-    settle();
+  }
+  ~Strips() { _tile_release(); }
+
+  // Calls sink(column, columns, sums, row length) with the products of one block for every 32 columns. The next columns are
+  // unpacked before these are multiplied, and sums are given on after the next ones are made: a tile load waits for
+  // stores to its memory, and a load waits for tile stores.
+  template <typename Sink>
+  void run(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, int64_t ahead, const int8_t* const* x,
+           const Sink& sink) {
+    int64_t inputs = words * codes, tiles = (inputs + depth_ - 1) / depth_;
+    // Where a block ends within a tile, its activations are zero, and the codes are those of another block.
+    if (inputs % depth_) __builtin_memset(activations_, 0, sizeof(activations_));
+    for (int64_t m = 0; m < rows_; m++) {
+      if (inputs == Blocks::kMost) {
+        storei(activations_[m], loadi(x[m]));
+        storei(activations_[m] + 64, loadi(x[m] + 64));
+      } else {
+        __builtin_memcpy(activations_[m], x[m], static_cast<size_t>(inputs));
+      }
+    }
+    unpack(w, ld, words, ahead, weights_[0]);
+    for (int64_t c = 0, turn = 0; c < columns; c += kStrip, turn ^= 1) {
+      if (c + kStrip < columns) unpack(w + c + kStrip, ld, words, ahead, weights_[turn ^ 1]);
+      settle();
+      multiply(weights_[turn], tiles, sums_[turn]);
+      settle();
+      if (c) sink(c - kStrip, kStrip, sums_[turn ^ 1][0], kStrip);
+      if (c + kStrip >= columns) sink(c, kStrip, sums_[turn][0], kStrip);
+    }
   }
 
-  static void multiply(const uint32_t* w, int64_t ld, int64_t words, int64_t columns,
-                       const int8_t (*activations)[Blocks::kMost], int64_t rows, int32_t* acc, int64_t ld_acc) {
-    alignas(64) uint8_t weights[kUnpacked / kWide][deep][16][64];
-    alignas(64) int32_t spare[16][16];
-    int64_t tiles = (words + per_tile - 1) / per_tile;
-    if (words % per_tile) __builtin_memset(weights, 0, sizeof(weights));
-    for (int64_t i = 0; i < words; i++)
-      for (int64_t c = 0; c < columns; c += kWide)
-        unpack(w + i * ld + c, weights[c / kWide][i / per_tile], i % per_tile);
-    settle();
-    bool both = rows > 16;
-    for (int64_t c = 0; c < columns; c += 2 * kWide) {
-      const auto& left = weights[c / kWide];
-      const auto& right = weights[c / kWide + 1];
-      _tile_zero(0);
-      _tile_zero(1);
+ private:
+  static constexpr int64_t kTileInputs = 64, kStrip = 2 * kWide, codes = 32 / bits;
+  using Tile = uint8_t[16][64];
+
+  void multiply(const Tile (*weights)[2], int64_t tiles, int32_t (*sums)[kStrip]) {
+    constexpr int kRow = kStrip * 4;
+    bool both = rows_ > 16;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (both) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t t = 0; t < tiles; t++) {
+      _tile_loadd(4, activations_[0] + t * depth_, Blocks::kMost);
+      _tile_loadd(6, weights[0][t], 64);
+      _tile_loadd(7, weights[1][t], 64);
+      _tile_dpbsud(0, 4, 6);
+      _tile_dpbsud(1, 4, 7);
       if (both) {
-        _tile_zero(2);
-        _tile_zero(3);
+        _tile_loadd(5, activations_[16] + t * depth_, Blocks::kMost);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
       }
-      for (int64_t t = 0; t < tiles; t++) {
-        _tile_loadd(4, activations[0] + t * 64, Blocks::kMost);
-        _tile_loadd(6, left[t], 64);
-        _tile_loadd(7, right[t], 64);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-        if (both) {
-          _tile_loadd(5, activations[16] + t * 64, Blocks::kMost);
-          _tile_dpbsud(2, 5, 6);
-          _tile_dpbsud(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], kRow);
+    _tile_stored(1, sums[0] + kWide, kRow);
+    if (both) {
+      _tile_stored(2, sums[16], kRow);
+      _tile_stored(3, sums[16] + kWide, kRow);
+    }
+  }
+
+  // A word row of 16 columns is one row of codes (8 bits) or two, even inputs and odd ones, which is how activations lie.
+  static void unpack(const uint32_t* w, int64_t ld, int64_t words, int64_t ahead, Tile (*tiles)[2]) {
+    const I mask = _mm512_set1_epi8(15);
+    constexpr int64_t per_tile = kTileInputs / codes;
+    for (int64_t i = 0; i < words; i++)
+      for (int64_t half = 0; half < 2; half++) {
+        const uint32_t* from = w + i * ld + half * kWide;
+        __builtin_prefetch(from + ahead, 0, 2);
+        I word = loadi(from);
+        uint8_t(*rows)[64] = tiles[half][i / per_tile];
+        if constexpr (bits == 8) {
+          storei(rows[i % per_tile], word);
+        } else {
+          storei(rows[i % per_tile * 2], and_(word, mask));
+          storei(rows[i % per_tile * 2 + 1], and_(_mm512_srli_epi16(word, 4), mask));
         }
       }
-      int32_t* to = acc + c;
-      if (rows >= 16) {
-        _tile_stored(0, to, ld_acc * 4);
-        _tile_stored(1, to + kWide, ld_acc * 4);
-      } else {
-        _tile_stored(0, spare, 64);
-        copy_rows(spare, rows, to, ld_acc);
-        _tile_stored(1, spare, 64);
-        copy_rows(spare, rows, to + kWide, ld_acc);
-      }
-      if (rows == kTileRows) {
-        _tile_stored(2, to + 16 * ld_acc, ld_acc * 4);
-        _tile_stored(3, to + 16 * ld_acc + kWide, ld_acc * 4);
-      } else if (both) {
-        _tile_stored(2, spare, 64);
-        copy_rows(spare, rows - 16, to + 16 * ld_acc, ld_acc);
-        _tile_stored(3, spare, 64);
-        copy_rows(spare, rows - 16, to + 16 * ld_acc + kWide, ld_acc);
-      }
-    }
-    settle();
   }
 
-  // One word row to one row of codes (8 bits) or two, even inputs and odd ones, which is how activations lie.
-  static void unpack(const uint32_t* words, uint8_t (*tile)[64], int64_t row) {
-    I word = loadi(words);
-    if constexpr (bits == 8) {
-      storei(tile[row], word);
-    } else {
-      const I mask = _mm512_set1_epi8(15);
-      storei(tile[2 * row], and_(word, mask));
-      storei(tile[2 * row + 1], and_(_mm512_srli_epi16(word, 4), mask));
-    }
-  }
-
-  static void copy_rows(const int32_t (*from)[16], int64_t rows, int32_t* to, int64_t ld) {
-    settle();
-    for (int64_t m = 0; m < rows; m++) storei(to + m * ld, loadi(from[m]));
-    settle();
-  }
+  const int64_t rows_, depth_;
+  alignas(64) int8_t activations_[kTileRows][Blocks::kMost];
+  alignas(64) Tile weights_[2][2][2];  // [turn, half of the columns, half of the inputs]
+  alignas(64) int32_t sums_[2][kTileRows][kStrip];
 };
 
+template <int bits>
+using Int8 = Vnni<bits>;
+
 #include "kernels.h"
+
+void tile_with_amx(const Packed& w, int64_t column0, int64_t columns, int64_t chunk0, int64_t chunk1, const Row* x,
+                   int64_t rows, float* y, int64_t ldy) {
+  auto run = w.bits == 4 ? packed_tile<Quantized<4>, 4, Strips<4>> : packed_tile<Quantized<8>, 8, Strips<8>>;
+  (x[0].codes && rows >= kFewestRows ? run : tile)(w, column0, columns, chunk0, chunk1, x, rows, y, ldy);
+}
 
 }  // namespace
 
 extern const Isa isa_amx;
-const Isa isa_amx = make("amx", 5);
+const Isa isa_amx = make("amx", 5, 256, tile_with_amx);
 
 }  // namespace ferrum
