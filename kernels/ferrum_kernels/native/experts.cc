@@ -121,7 +121,7 @@ class Slab {
     out_ = arena_.take<float>(live_ * down_.n);
     session_.run(static_cast<int64_t>(shares.size()), [&](int64_t unit) {
       const Part& p = shares[static_cast<size_t>(unit)];
-      Arena arena;
+      Arena arena(p.rows * (gate_up_.n + 2 * down_.k) * 4);
       float* h = arena.take<float>(p.rows * gate_up_.n);
       Product up = up_product(p);
       up.row0 = 0;

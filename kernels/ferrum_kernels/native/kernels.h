@@ -485,8 +485,9 @@ void packed_tile(const Packed& w, int64_t column0, int64_t columns, int64_t chun
         at[m] = Kind::input(x[m], begin);
         by.factors[m] = Kind::factor(x[m], b), by.totals[m] = Kind::total(x[m], b);
       }
-      // The words of the next block, as far as the matrix goes.
-      int64_t next = least(words, w.word_rows() - words - begin / codes) * w.n;
+      // Where the words lie that come next: of the next block, or of the columns beside these.
+      int64_t done = begin / codes + words, next = words * w.n;
+      if (done + words > w.word_rows()) next = column0 + columns < w.n ? next - done * w.n + columns : 0;
       int64_t column = 0;
       auto add = [&](int64_t c, int64_t wide, const typename Kind::Sum* acc, int64_t ld_acc) {
         add_block<Kind>(acc, ld_acc, by, rows, column + c, wide, sums + column + c, ld);
