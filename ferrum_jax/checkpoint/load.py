@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ferrum_jax import config_checks as check
 from ferrum_jax.checkpoint.dialect import read_dialect
 from ferrum_jax.checkpoint.files import open_checkpoint
 from ferrum_jax.checkpoint.hub import resolve
@@ -90,6 +91,7 @@ def load(
     dtype: str | None = None,
     implementation: str | None = None,
     checkpoint_format: str | None = None,
+    lm_head_bits: int | None = None,
     offline: bool | None = None,
     weight_cache: bool | None = None,
     quiet: bool = False,
@@ -103,6 +105,9 @@ def load(
         which computes nothing faster in 16 bits without a kernel for it, and the checkpoint's own dtype elsewhere.
       implementation: of the packed matmuls, None for the best of the device; stored in cfg.
       checkpoint_format: "gptq" or "gptq_v2", to settle what the files leave open.
+      lm_head_bits: 8 or 4 holds the output projection in so many bits, rounded while it is read, where the checkpoint
+        stores it unquantised; stored in cfg. None holds it as the checkpoint does. Where the checkpoint ties it to the
+        embedding, the packed projection comes beside the embedding, which stays as it is.
       offline: True reads the Hugging Face cache only; None follows HF_HUB_OFFLINE.
       weight_cache: keep the assembled weights on disk and map them from there at the next start, on CPU. None does so
         for checkpoints of 256 MiB and more unless FERRUM_JAX_WEIGHT_CACHE is "off"; True and False decide.
@@ -129,12 +134,13 @@ def load(
         raise ConfigError(f"checkpoint_format={checkpoint_format!r} is unknown; accepted are 'gptq' and 'gptq_v2'.")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise BackendError(f"implementation={implementation!r} is unknown; accepted are None, {IMPLEMENTATIONS}.")
+    check.lm_head_bits(lm_head_bits)
     folder = resolve(model, revision=revision, offline=offline, quiet=quiet)
     cfg = read_config(folder)
     check_platform()
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
-    cfg = dataclasses.replace(cfg, dtype=dtype, implementation=implementation)
+    cfg = dataclasses.replace(cfg, dtype=dtype, implementation=implementation, lm_head_bits=lm_head_bits)
     tokenizer = Tokenizer.from_folder(folder)
     enable_compile_cache()
     entry = _cache_entry(folder, cfg, checkpoint_format, weight_cache)

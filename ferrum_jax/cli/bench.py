@@ -114,7 +114,8 @@ def synthetic_model(options: Bench) -> Model:
     from ferrum_jax.tokenizer import Tokenizer
 
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
-    cfg = replace(cfg, dtype=dtype, implementation=options.implementation)
+    bits = options.lm_head_bits or cfg.lm_head_bits
+    cfg = replace(cfg, dtype=dtype, implementation=options.implementation, lm_head_bits=bits)
     needed = num_bytes(abstract(cfg))
     check_memory(needed, options.synthetic)
     enable_compile_cache()
@@ -190,6 +191,7 @@ def measure(options: Bench, model: Model, status: Status) -> dict[str, Any]:
         },
         "repeats": options.repeats,
         "dtype": model.cfg.dtype,
+        "lm_head_bits": model.cfg.lm_head_bits,
         "implementation": _implementation(model),
         "device": _device(),
         "versions": _versions(),
@@ -257,7 +259,8 @@ def text_of(report: dict[str, Any]) -> str:
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
     shapes, device, versions = report["shapes"], report["device"], report["versions"]
-    yield f"{report['model']}   {shapes['layers']} layers · {report['dtype']} · {report['implementation']}"
+    head = "" if report["lm_head_bits"] is None else f" · lm_head in {report['lm_head_bits']} bits"
+    yield f"{report['model']}   {shapes['layers']} layers · {report['dtype']} · {report['implementation']}{head}"
     yield (
         f"{device['platform']} ({device['kind']}) · ferrum_jax {versions['ferrum_jax']} · jax {versions['jax']} · "
         f"jaxlib {versions['jaxlib']} · Python {versions['python']}"

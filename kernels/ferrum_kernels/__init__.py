@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ferrum_kernels.packed import PackedLinear as PackedLinear
     from ferrum_kernels.packed import is_packed as is_packed
     from ferrum_kernels.packed import slice_columns as slice_columns
+    from ferrum_kernels.rounding import round_to_nearest as round_to_nearest
 
 _NAMES = {
     "blocks": ("Dispatch", "dispatch", "dispatch_sorted", "from_blocks", "max_blocks", "to_blocks"),
@@ -37,6 +38,7 @@ _NAMES = {
     "mixed": ("MixedStack",),
     "ops": ("default_implementation", "dequantize", "gptq_matmul", "grouped_gptq_matmul"),
     "packed": ("PackedLinear", "is_packed", "slice_columns"),
+    "rounding": ("round_to_nearest",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -38,6 +38,16 @@ def test_the_reference(model, tmp_path, capsys):
     assert report["seconds"] > 0 and report["compile_seconds"] > 0 and report["model"] == "demo"
 
 
+def test_a_rounded_projection(tmp_path, capsys):
+    file, reports = tmp_path / "text", []
+    file.write_text("Once upon a time there was a king who had three daughters")
+    for bits in ([], ["--lm-head-bits", "8"]):
+        assert main(["perplexity", "demo", str(file), "--context", "12", "--batch", "1", "--json", *bits]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [report["lm_head_bits"] for report in reports] == [None, 8]
+    assert 0 < abs(reports[0]["nll"] - reports[1]["nll"]) < 0.01
+
+
 def test_windows_batches_and_tail(model):
     tokens = GOLDEN["heldout_ids"][:59].tolist()
     alone = [measure(model, tokens[at : at + 16], 16, 2, True) for at in (0, 16, 32, 48)]

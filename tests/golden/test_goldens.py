@@ -104,6 +104,15 @@ def test_bfloat16_logits_are_close_to_the_reference(name: str) -> None:
     assert worst(forward(params, tokens, cfg=cfg), golden, lengths) < 0.15
 
 
+@pytest.mark.parametrize(("bits", "least", "most"), [(8, 0.01, 0.2), (4, 0.2, 3.0)])
+@pytest.mark.parametrize("name", [DEMO, ACT_ORDER])  # tied and separate
+def test_a_rounded_projection_costs_what_numerics_says(name: str, bits: int, least: float, most: float) -> None:
+    golden = reference(name)
+    cfg, params = read_model(FOLDERS[name], lm_head_bits=bits, implementation="xla")
+    tokens, lengths = prompts(golden)
+    assert least < worst(forward(params, tokens, cfg=cfg), golden, lengths) < most
+
+
 def token_nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Negative log likelihood of every token but the first, float32 [B, T - 1]."""
     log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
