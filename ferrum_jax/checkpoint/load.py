@@ -31,10 +31,12 @@ from ferrum_jax.environment import (
     weight_cache_folder,
 )
 from ferrum_jax.errors import BackendError, CheckpointError, ConfigError
+from ferrum_jax.kernels import default_implementation
 from ferrum_jax.params import assemble, num_bytes
 from ferrum_jax.plan import Plan, make_plan
 from ferrum_jax.progress import Progress
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_kernels import cpu
 from ferrum_kernels.ops import IMPLEMENTATIONS
 
 
@@ -101,8 +103,8 @@ def load(
     Args:
       model: "demo" (the model in the package), a folder, or a Hugging Face id, "owner/name" or "owner/name@revision".
       revision: branch, tag or commit on the Hub.
-      dtype: "bfloat16", "float16" or "float32" for activations and unquantised weights. None means float32 on CPU,
-        which computes nothing faster in 16 bits without a kernel for it, and the checkpoint's own dtype elsewhere.
+      dtype: "bfloat16", "float16" or "float32" for activations and unquantised weights. None means the checkpoint's
+        own, but float32 on a CPU without the CPU kernels, where 16 bits are slower (see `default_dtype`).
       implementation: of the packed matmuls, None for the best of the device; stored in cfg.
       checkpoint_format: "gptq" or "gptq_v2", to settle what the files leave open.
       lm_head_bits: 8 or 4 holds the output projection in so many bits, rounded while it is read, where the checkpoint
@@ -139,7 +141,7 @@ def load(
     cfg = read_config(folder)
     check_platform()
     if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
+        dtype = default_dtype(cfg, implementation)
     cfg = dataclasses.replace(cfg, dtype=dtype, implementation=implementation, lm_head_bits=lm_head_bits)
     tokenizer = Tokenizer.from_folder(folder)
     enable_compile_cache()
@@ -153,6 +155,22 @@ def load(
     sizes = facts.bytes_read, num_bytes(params)
     report = LoadReport(folder, facts.version, seconds, *sizes, facts.warnings, file, found is not None)
     return Model(cfg, params, tokenizer, report)
+
+
+def default_dtype(cfg: ModelConfig, implementation: str | None) -> str:
+    """The dtype that `dtype=None` stands for.
+
+    Args:
+      cfg: as the checkpoint says.
+      implementation: of the packed products.
+
+    Returns:
+      The checkpoint's own; float32 on the CPU where XLA runs the products, which takes longer over 16 bits.
+    """
+    if jax.default_backend() != "cpu":
+        return cfg.dtype
+    kernels = (default_implementation() if implementation is None else implementation) in cpu.NAMES
+    return cfg.dtype if kernels and cfg.quant is not None and cfg.quant.bits in cpu.BITS else "float32"
 
 
 def _cache_entry(

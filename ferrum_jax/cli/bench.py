@@ -105,15 +105,14 @@ def synthetic_model(options: Bench) -> Model:
         n = options.layers
         cfg = replace(cfg, num_layers=n, moe_layers=cfg.moe_layers[:n], sliding_windows=cfg.sliding_windows[:n])
     start_jax(options)
-    import jax
     import tokenizers
 
-    from ferrum_jax.checkpoint.load import LoadReport, Model
+    from ferrum_jax.checkpoint.load import LoadReport, Model, default_dtype
     from ferrum_jax.environment import check_memory, enable_compile_cache
     from ferrum_jax.params import abstract, num_bytes, random_params
     from ferrum_jax.tokenizer import Tokenizer
 
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
+    dtype = options.dtype or default_dtype(cfg, options.implementation)
     bits = options.lm_head_bits or cfg.lm_head_bits
     cfg = replace(cfg, dtype=dtype, implementation=options.implementation, lm_head_bits=bits)
     needed = num_bytes(abstract(cfg))

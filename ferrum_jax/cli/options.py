@@ -52,7 +52,8 @@ class Checkpoint(Common):
     """Options of every command that reads a checkpoint.
 
     Args:
-      dtype: of activations and unquantised weights; without it float32 on CPU and the checkpoint's own elsewhere.
+      dtype: of activations and unquantised weights; without it the checkpoint's own, or float32 on a CPU without the
+        CPU kernels.
       revision: branch, tag or commit on the Hugging Face Hub.
       offline: read the Hugging Face cache only.
       checkpoint_format: settles how zero points are stored, where the files leave it open.

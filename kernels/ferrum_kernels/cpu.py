@@ -26,6 +26,7 @@ from ferrum_kernels.errors import BackendError
 from ferrum_kernels.packed import PackedLinear
 
 NAMES = ("cpu", "cpu-exact", "cpu-int8")
+BITS = (4, 8)
 _TARGETS = ("gptq_matmul", "dense_matmul", "grouped_matmul", "route", "experts", "attention")
 MOST_HEAD = 256
 
@@ -38,7 +39,7 @@ def refuses(w: Any) -> str | None:
     """
     if not isinstance(w, PackedLinear):
         return "the CPU kernels take packed weights; this one is a plain array"
-    if w.bits not in (4, 8):
+    if w.bits not in BITS:
         return f"the CPU kernels take 4 and 8 bits; this weight has {w.bits}"
     if w.group_size < w.k and w.group_size % (32 // w.bits):
         return (

@@ -364,7 +364,7 @@ struct Exact {
     });
   }
 
-  static float factor(const Row&, int64_t) { return 1.f; }
+  static V factor(const Row&, int64_t) { return set(1.f); }
   static float total(const Row& x, int64_t block) { return x.totals[block]; }
   static V sum(const float* acc) { return load(acc); }
 };
@@ -380,39 +380,24 @@ struct Quantized {
     Int8<bits>::dot(w, ld, words, columns, x, rows, acc, ld_acc);
   }
 
-  static float factor(const Row& x, int64_t block) { return x.scales[block]; }
+  static V factor(const Row& x, int64_t block) { return set(x.scales[block]); }
   static float total(const Row& x, int64_t block) { return static_cast<float>(x.sums[block]); }
   static V sum(const int32_t* acc) { return to_float(loadi(acc)); }
 };
 
-// What a block multiplies its sums with: a factor and the sum of inputs for each row, a scale and a zero point for each
-// column.
-struct Scaling {
-  alignas(64) float factors[kTileRows];
-  alignas(64) float totals[kTileRows];
-  alignas(64) float scales[kTileColumns];
-  alignas(64) float zeros[kTileColumns];
-};
-
 // y += scale * factor * (acc - zero * total): the zero point is taken out once per block, not once per weight. With
-// int8 activations all of this but the scaling is exact: sums of a block stay below 2^24. Columns come in pairs of
-// vectors, from `column` of the scales and zero points on.
-template <class Kind>
-void add_block(const typename Kind::Sum* acc, int64_t ld_acc, const Scaling& by, int64_t rows, int64_t column,
-               int64_t columns, float* y, int64_t ld) {
-  for (int64_t c = 0; c < columns; c += kPair) {
-    V scale[2], zero[2];
-    for (int v = 0; v < 2; v++) {
-      scale[v] = load(by.scales + column + c + v * kWide);
-      zero[v] = load(by.zeros + column + c + v * kWide);
-    }
-    for (int64_t m = 0; m < rows; m++) {
-      V factor = set(by.factors[m]), total = set(-by.totals[m]);
-      for (int v = 0; v < 2; v++) {
-        V centred = fma(zero[v], total, Kind::sum(acc + m * ld_acc + c + v * kWide));
-        float* to = y + m * ld + c + v * kWide;
-        store(to, fma(mul(scale[v], factor), centred, load(to)));
-      }
+// int8 activations all of this but the scaling is exact: sums of a block stay below 2^24.
+template <class Kind, int rows>
+void add_block(const typename Kind::Sum* acc, const Row* x, int64_t block, const float* scales, const float* zeros,
+               int64_t columns, int64_t ld, float* y) {
+  V factor[rows], total[rows];
+  for (int m = 0; m < rows; m++) factor[m] = Kind::factor(x[m], block), total[m] = set(-Kind::total(x[m], block));
+  for (int64_t c = 0; c < columns; c += kWide) {
+    V scale = load(scales + c), zero = load(zeros + c);
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++) {
+      V centred = fma(zero, total[m], Kind::sum(acc + m * ld + c));
+      store(y + m * ld + c, fma(mul(scale, factor[m]), centred, load(y + m * ld + c)));
     }
   }
 }
@@ -434,41 +419,20 @@ void read_group(const Packed& w, int64_t group, int64_t column0, int64_t columns
   }
 }
 
-// The products of one block over all columns at once, as memory lies.
-template <class Kind>
-class WholeRows {
- public:
-  WholeRows(int64_t rows, int64_t) : rows_(rows) {}
-
-  // Calls sink(column, columns, sums, row length) until every column has had its products.
-  template <typename Sink>
-  void run(const uint32_t* w, int64_t ld, int64_t words, int64_t columns, int64_t ahead,
-           const typename Kind::Input* const* x, const Sink& sink) {
-    if (rows_ > 1 && ahead) {  // narrow tiles jump from row to row: the next block is asked for now
-      for (int64_t i = 0; i < words; i++)
-        for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(w + i * ld + c + ahead, 0, 2);
-    }
-    Kind::dot(w, ld, words, columns, x, rows_, sums_, columns);
-    sink(0, columns, sums_, columns);
-  }
-
- private:
-  const int64_t rows_;
-  alignas(64) typename Kind::Sum sums_[kTileSize];
-};
-
-template <class Kind, int bits, class Engine = WholeRows<Kind>>
+template <template <int> class Kind, int bits>
 void packed_tile(const Packed& w, int64_t column0, int64_t columns, int64_t chunk0, int64_t chunk1, const Row* x,
                  int64_t rows, float* y, int64_t ldy) {
+  using K = Kind<bits>;
   constexpr int64_t codes = 32 / bits;
   const Blocks blocks(w.k, w.group);
   int64_t whole = columns / kPair * kPair, rest = columns - whole, ld = padded(columns);
-  Engine engine(rows, least(w.group, Blocks::kMost));
-  Scaling by;
+  alignas(64) typename K::Sum acc[kTileSize];
   alignas(64) float sums[kTileSize];
+  alignas(64) float scales[kTileColumns];
+  alignas(64) float zeros[kTileColumns];
   alignas(64) uint32_t last[Blocks::kMost / codes * kPad];
   if (!w.zeros)
-    for (int64_t c = 0; c < ld; c++) by.zeros[c] = 1 << (bits - 1);
+    for (int64_t c = 0; c < ld; c++) zeros[c] = 1 << (bits - 1);
   int64_t group = -1;
   for (int64_t chunk = chunk0; chunk < chunk1; chunk++) {
     clear(sums, rows, ld);
@@ -476,29 +440,26 @@ void packed_tile(const Packed& w, int64_t column0, int64_t columns, int64_t chun
     for (int64_t b = chunk * blocks.per_chunk; b < end; b++) {
       if (blocks.group_of(b) != group) {
         group = blocks.group_of(b);
-        read_group(w, group, column0, columns, by.scales, by.zeros);
+        read_group(w, group, column0, columns, scales, zeros);
       }
       int64_t begin = blocks.begin(b), words = (blocks.end(b) - begin + codes - 1) / codes;
       const uint32_t* from = w.words + begin / codes * w.n + column0;
-      const typename Kind::Input* at[kTileRows];
-      for (int64_t m = 0; m < rows; m++) {
-        at[m] = Kind::input(x[m], begin);
-        by.factors[m] = Kind::factor(x[m], b), by.totals[m] = Kind::total(x[m], b);
+      const typename K::Input* at[kTileRows];
+      for (int64_t m = 0; m < rows; m++) at[m] = K::input(x[m], begin);
+      if (rows > 1 && b + 1 < blocks.count) {  // narrow tiles jump from row to row: the next block is asked for now
+        const char* next = reinterpret_cast<const char*>(from + words * w.n);
+        for (int64_t i = 0; i < words && begin / codes + words + i < w.word_rows(); i++)
+          for (int64_t byte = 0; byte < columns * 4; byte += 64) __builtin_prefetch(next + i * w.n * 4 + byte, 0, 2);
       }
-      // Where the words lie that come next: of the next block, or of the columns beside these.
-      int64_t done = begin / codes + words, next = words * w.n;
-      if (done + words > w.word_rows()) next = column0 + columns < w.n ? next - done * w.n + columns : 0;
-      int64_t column = 0;
-      auto add = [&](int64_t c, int64_t wide, const typename Kind::Sum* acc, int64_t ld_acc) {
-        add_block<Kind>(acc, ld_acc, by, rows, column + c, wide, sums + column + c, ld);
-      };
-      if (whole) engine.run(from, w.n, words, whole, next, at, add);
+      if (whole) K::dot(from, w.n, words, whole, at, rows, acc, ld);
       if (rest) {
         __builtin_memset(last, 0, static_cast<size_t>(words * kPair * 4));
         for (int64_t i = 0; i < words; i++) copy_bytes(last + i * kPair, from + i * w.n + whole, rest * 4);
-        column = whole;
-        engine.run(last, kPair, words, kPair, 0, at, add);
+        K::dot(last, kPair, words, kPair, at, rows, acc + whole, ld);
       }
+      int64_t m = 0;
+      for (; m + 4 <= rows; m += 4) add_block<K, 4>(acc + m * ld, x + m, b, scales, zeros, columns, ld, sums + m * ld);
+      for (; m < rows; m++) add_block<K, 1>(acc + m * ld, x + m, b, scales, zeros, columns, ld, sums + m * ld);
     }
     give(sums, rows, columns, ld, chunk == chunk0, y, ldy);
   }
@@ -506,8 +467,8 @@ void packed_tile(const Packed& w, int64_t column0, int64_t columns, int64_t chun
 
 void tile(const Packed& w, int64_t column0, int64_t columns, int64_t chunk0, int64_t chunk1, const Row* x, int64_t rows,
           float* y, int64_t ldy) {
-  auto run = x[0].codes ? (w.bits == 4 ? packed_tile<Quantized<4>, 4> : packed_tile<Quantized<8>, 8>)
-                        : (w.bits == 4 ? packed_tile<Exact<4>, 4> : packed_tile<Exact<8>, 8>);
+  auto run = x[0].codes ? (w.bits == 4 ? packed_tile<Quantized, 4> : packed_tile<Quantized, 8>)
+                        : (w.bits == 4 ? packed_tile<Exact, 4> : packed_tile<Exact, 8>);
   run(w, column0, columns, chunk0, chunk1, x, rows, y, ldy);
 }
 
