@@ -42,6 +42,8 @@ struct Isa {
   void (*axpy)(float a, const float* x, int64_t n, float* y);
   // 1 / sqrt(mean(x^2) + eps) applied to x and multiplied by weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+  // Rotary embedding of one head of two halves: (a cos - b sin, b cos + a sin) * scale. y may not be x.
+  void (*rotate)(const float* x, int64_t half, const float* cosine, const float* sine, float scale, float* y);
 
   // One block of keys for queries that share them, the inner loop of streaming softmax (see attention.cc).
   // q: queries transposed, [head, ldq], ldq = rows rounded up to 32 with zeros. keys, values: [count, head] of `type`,

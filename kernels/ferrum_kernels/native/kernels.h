@@ -3,6 +3,7 @@
 //   V            kWide floats                load store set zero fma add sub mul divide max min
 //   I            kWide 32-bit integers       loadi storei seti addi and_ srl<n> sll<n> to_float to_int as_float
 //   load_half    kWide float16 -> V          load_bf16, store_half, store_bf16
+//   store_codes<even_first>  16 integers as bytes, in order or the even ones of each eight first
 //   struct Int8  dot<bits, rows>: the int8 products of some word rows, see isa_portable.cc
 //
 // Everything lies in an unnamed namespace, and no function of the standard library with a body in a header is called:
@@ -117,14 +118,15 @@ void from_float(const float* x, int64_t n, Float type, void* y) {
 
 // Codes go where `dot` reads them: with 4-bit weights the even inputs of a word first, then the odd ones.
 void quantize(const float* x, const Blocks& blocks, int bits, int8_t* codes, float* scales, int32_t* sums) {
-  constexpr int kEvenFirst[8] = {0, 4, 1, 5, 2, 6, 3, 7};
   for (int64_t b = 0; b < blocks.count; b++) {
-    int64_t begin = blocks.begin(b), n = blocks.end(b) - begin;
-    alignas(64) float values[Blocks::kMost];
-    alignas(64) int32_t whole[Blocks::kMost];
-    int64_t wide = (n + 15) / 16 * 16;
-    copy_bytes(values, x + begin, n * 4);
-    for (int64_t i = n; i < wide; i++) values[i] = 0.f;
+    int64_t begin = blocks.begin(b), n = blocks.end(b) - begin, wide = (n + 15) / 16 * 16;
+    alignas(64) float copy[Blocks::kMost];
+    const float* values = x + begin;
+    if (n < wide) {
+      copy_bytes(copy, values, n * 4);
+      for (int64_t i = n; i < wide; i++) copy[i] = 0.f;
+      values = copy;
+    }
     V most = zero(), odd = zero();
     for (int64_t i = 0; i < wide; i += kWide) {
       V v = load(values + i);
@@ -134,11 +136,19 @@ void quantize(const float* x, const Blocks& blocks, int bits, int8_t* codes, flo
     float biggest = max_of(most), not_finite = sum_of(odd);
     float inverse = biggest > 1e-30f ? 127.f / biggest : 0.f;  // 127 / a subnormal would be infinite
     I sum = seti(0);
-    for (int64_t i = 0; i < wide; i += kWide) {
-      I code = to_int(mul(load(values + i), set(inverse)));
-      if (not_finite != 0.f) code = seti(0);
-      storei(whole + i, code);
-      sum = addi(sum, code);
+    for (int64_t i = 0; i < wide; i += 16) {
+      alignas(64) int32_t whole[16];
+      alignas(64) int8_t narrow[16];
+      for (int64_t j = 0; j < 16; j += kWide) {
+        I code = not_finite == 0.f ? to_int(mul(load(values + i + j), set(inverse))) : seti(0);
+        storei(whole + j, code);
+        sum = addi(sum, code);
+      }
+      // Codes fill whole words; what lies past the last one may be another row's.
+      int64_t per_word = 32 / bits, left = (n + per_word - 1) / per_word * per_word - i;
+      int8_t* to = left < 16 ? narrow : codes + begin + i;
+      bits == 4 ? store_codes<true>(whole, to) : store_codes<false>(whole, to);
+      if (left < 16) copy_bytes(codes + begin + i, narrow, left);
     }
     alignas(64) int32_t lanes[kWide];
     storei(lanes, sum);
@@ -146,11 +156,6 @@ void quantize(const float* x, const Blocks& blocks, int bits, int8_t* codes, flo
     for (int64_t i = 0; i < kWide; i++) total += lanes[i];
     sums[b] = total;
     scales[b] = biggest / 127.f + not_finite;
-    int8_t* to = codes + begin;
-    int64_t per_word = 32 / bits, end = (n + per_word - 1) / per_word * per_word;
-    for (int64_t i = 0; i < end; i += per_word)
-      for (int64_t j = 0; j < per_word; j++)
-        to[i + (bits == 4 ? kEvenFirst[j] : j)] = static_cast<int8_t>(i + j < n ? whole[i + j] : 0);
   }
 }
 
@@ -183,6 +188,21 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
   float factor = 1.f / __builtin_sqrtf(sum / static_cast<float>(n) + eps);
   for (i = 0; i + kWide <= n; i += kWide) store(y + i, mul(mul(load(x + i), set(factor)), load(weight + i)));
   for (; i < n; i++) y[i] = x[i] * factor * weight[i];
+}
+
+// The halves of one head rotated by the angles of its token, then multiplied by `scale`.
+void rotate(const float* x, int64_t half, const float* cosine, const float* sine, float scale, float* y) {
+  int64_t i = 0;
+  for (; i + kWide <= half; i += kWide) {
+    V a = load(x + i), b = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+    store(y + i, mul(sub(mul(a, c), mul(b, s)), set(scale)));
+    store(y + half + i, mul(add(mul(b, c), mul(a, s)), set(scale)));
+  }
+  for (; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    y[i] = (a * cosine[i] - b * sine[i]) * scale;
+    y[half + i] = (b * cosine[i] + a * sine[i]) * scale;
+  }
 }
 
 bool softmax(float* x, int64_t n) {
@@ -535,7 +555,7 @@ void attend(const float* q, int64_t ldq, int64_t rows, int64_t head, const void*
 
 constexpr Isa make(const char* name, int64_t wide_rows, int64_t wide_columns = 128,
                    decltype(Isa::tile) tile_of_this_isa = tile) {
-  return {name, wide_rows, wide_columns, tile_of_this_isa, dense_tile, quantize, to_float, from_float, silu_mul, axpy, rms_norm, attend, softmax};
+  return {name, wide_rows, wide_columns, tile_of_this_isa, dense_tile, quantize, to_float, from_float, silu_mul, axpy, rms_norm, rotate, attend, softmax};
 }
 
 #pragma GCC diagnostic pop

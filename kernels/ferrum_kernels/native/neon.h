@@ -43,6 +43,15 @@ void store_bf16(uint16_t* x, V v) {
   vst1_u16(x, vshrn_n_u32(vbslq_u32(number, even, vorrq_u32(bits, vdupq_n_u32(0x400000))), 16));
 }
 
+template <bool even_first>
+void store_codes(const int32_t* whole, int8_t* to) {
+  const uint8_t order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+  for (int i = 0; i < 16; i += 8) {
+    int8x8_t codes = vmovn_s16(vcombine_s16(vmovn_s32(loadi(whole + i)), vmovn_s32(loadi(whole + i + 4))));
+    vst1_s8(to + i, even_first ? vtbl1_s8(codes, vreinterpret_s8_u8(vld1_u8(order))) : codes);
+  }
+}
+
 // Four activations, the same in every lane of 32 bits.
 int8x16_t four(const int8_t* x) {
   int32_t word;
