@@ -99,6 +99,10 @@ class Strips {
       factors_[i * kTileRows + m] = x_[m].scales[block];
       totals_[i * kTileRows + m] = -static_cast<float>(x_[m].sums[block]);
     }
+    // Asked for early: the scales of the next chunk.
+    const uint16_t* later = w_.scales + blocks_.group_of(block + blocks_.per_chunk) * w_.n + column0;
+    if (block + blocks_.per_chunk < blocks_.count)
+      for (int64_t c = 0; c < columns; c += 32) __builtin_prefetch(later + c, 0, 3);
     float *scales = scales_ + i * kWideColumns, *zeros = zeros_ + i * kWideColumns;
     read_group(w_, blocks_.group_of(block), column0, columns, scales, zeros);
     if (!w_.zeros)
