@@ -233,8 +233,9 @@ bool softmax(float* x, int64_t n) {
 // ---- products
 
 // acc[m, c] += sum over inputs i < k of x[m][i] * w[i, c], for `rows` values of m and columns in pairs of vectors.
-// kSteps inputs are taken per pass over the columns, so that memory is walked in whole rows.
-template <Float type, int rows, int steps>
+// Some inputs are taken per pass over the columns, so that memory is walked in whole rows; with `streamed` the columns of
+// the next pass are asked for early.
+template <Float type, int rows, int steps, bool streamed>
 void dense_pass(const void* w, int64_t ld, int64_t columns, const float* const* x, float* acc, int64_t ld_acc) {
   constexpr int64_t size = type == Float::f32 ? 4 : 2;
   for (int64_t c = 0; c < columns; c += kPair) {
@@ -243,6 +244,9 @@ void dense_pass(const void* w, int64_t ld, int64_t columns, const float* const* 
 #pragma GCC unroll 8
     for (int i = 0; i < steps; i++) {
       const void* row = static_cast<const char*>(w) + (i * ld + c) * size;
+      if (streamed)
+        for (int64_t byte = 0; byte < kPair * size; byte += 64)
+          __builtin_prefetch(static_cast<const char*>(row) + steps * ld * size + byte, 0, 2);
       V p = load_as<type>(row, 0), q = load_as<type>(row, kWide);
 #pragma GCC unroll 4
       for (int m = 0; m < rows; m++) {
@@ -254,7 +258,7 @@ void dense_pass(const void* w, int64_t ld, int64_t columns, const float* const* 
   }
 }
 
-template <Float type, int rows>
+template <Float type, int rows, bool streamed>
 void dense_rows(const void* w, int64_t ld, int64_t k, int64_t columns, const float* const* x, float* acc,
                 int64_t ld_acc) {
   constexpr int64_t size = type == Float::f32 ? 4 : 2;
@@ -262,19 +266,19 @@ void dense_rows(const void* w, int64_t ld, int64_t k, int64_t columns, const flo
   int64_t i = 0;
   for (; i + 4 <= k; i += 4) {
     for (int m = 0; m < rows; m++) at[m] = x[m] + i;
-    dense_pass<type, rows, 4>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
+    dense_pass<type, rows, 4, streamed>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
   }
   for (; i < k; i++) {
     for (int m = 0; m < rows; m++) at[m] = x[m] + i;
-    dense_pass<type, rows, 1>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
+    dense_pass<type, rows, 1, streamed>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
   }
 }
 
-template <Float type>
+template <Float type, bool streamed = false>
 void dense_any(const void* w, int64_t ld, int64_t k, int64_t columns, const float* const* x, int64_t rows, float* acc,
                int64_t ld_acc) {
   in_rows<4>(rows, [&](auto count, int64_t m) {
-    dense_rows<type, decltype(count)::value>(w, ld, k, columns, x + m, acc + m * ld_acc, ld_acc);
+    dense_rows<type, decltype(count)::value, streamed>(w, ld, k, columns, x + m, acc + m * ld_acc, ld_acc);
   });
 }
 
@@ -310,7 +314,7 @@ void dense_tile_as(const void* w, int64_t k, int64_t n, int64_t column0, int64_t
     for (int64_t m = 0; m < rows; m++) at[m] = x[m] + begin;
     const char* from = static_cast<const char*>(w) + (begin * n + column0) * size;
     clear(sums, rows, ld);
-    if (whole) dense_any<type>(from, n, count, whole, at, rows, sums, ld);
+    if (whole) dense_any<type, true>(from, n, count, whole, at, rows, sums, ld);
     if (rest) {  // columns short of a pair of vectors: from a copy, so that nothing past the matrix is read
       __builtin_memset(last, 0, static_cast<size_t>(count * kPair * size));
       for (int64_t i = 0; i < count; i++) copy_bytes(last + i * kPair * size, from + (i * n + whole) * size, rest * size);
