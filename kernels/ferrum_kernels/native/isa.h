@@ -25,7 +25,7 @@ struct Isa {
   void (*tile)(const Packed& w, int64_t column0, int64_t columns, int64_t chunk0, int64_t chunk1, const Row* x,
                int64_t rows, float* y, int64_t ldy);
 
-  // The same for a plain matrix [k, n] of `type`.
+  // The same for a plain matrix [k, n] of `type`, whose columns need only fit kTileSize.
   void (*dense_tile)(const void* w, Float type, int64_t k, int64_t n, int64_t column0, int64_t columns, int64_t chunk0,
                      int64_t chunk1, const float* const* x, int64_t rows, float* y, int64_t ldy);
 

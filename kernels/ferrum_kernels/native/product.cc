@@ -14,12 +14,13 @@ constexpr int64_t kUnitsPerThread = 8;
 struct Step {
   int64_t rows, columns;
 
-  Step(const Isa& isa, int64_t count) {
+  Step(const Isa& isa, int64_t count, bool plain) {
     bool tall = count < isa.wide_rows;
     int64_t row_tiles = (count + kTileRows - 1) / kTileRows;
     rows = tall ? count : std::min(kTileRows, (count / row_tiles + 4) / 4 * 4);
-    int64_t widest = kTileSize / ((rows + 3) / 4 * 4) / 32 * 32;
-    columns = std::min(tall ? kTileColumns : isa.wide_columns, widest);
+    int64_t widest = kTileSize / (rows == 1 ? 1 : (rows + 3) / 4 * 4) / 32 * 32;
+    int64_t most = plain ? kTileSize : kTileColumns;  // the scales of a packed matrix take room, too
+    columns = std::min(tall ? most : isa.wide_columns, widest);
   }
 };
 
@@ -27,7 +28,7 @@ struct Step {
 
 void multiply(const Isa& isa, const Product& p, float* y) {
   const int64_t n = p.packed.n, chunks = Blocks(p.packed.k, p.packed.group).chunks;
-  const Step step(isa, p.count);
+  const Step step(isa, p.count, false);
   // Columns first: the weights of a tile are still in the cache for the next rows.
   for (int64_t column = 0; column < n; column += step.columns)
     for (int64_t row = 0; row < p.count; row += step.rows)
@@ -49,7 +50,7 @@ Products::Products(const Isa& isa, int64_t k, int64_t n, int64_t group_or_zero, 
   if (threads > 1 && few && most_rows > 0 && most_rows < isa.wide_rows) parts_ = chunks_;
   for (size_t i = 0; i < products_.size(); i++) {
     int64_t rows = products_[i].count;
-    const Step step(isa, rows);
+    const Step step(isa, rows, !products_[i].packed.words);
     for (int64_t row = 0; row < rows; row += step.rows)
       for (int64_t column = 0; column < n; column += step.columns)
         for (int64_t part = 0; part < parts_; part++)
