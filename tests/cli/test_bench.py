@@ -42,7 +42,7 @@ def sizes(tmp_path) -> str:
 
 
 def test_random_weights(sizes, capsys):
-    assert main(["bench", "--synthetic", sizes, "--layers", "1", *RUN, "--json"]) == 0
+    assert main(["bench", "--synthetic", sizes, "--layers", "1", *RUN, "--json", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert not err and report["model"] == sizes and report["synthetic"] and report["load_seconds"] is None
@@ -83,7 +83,7 @@ def test_a_checkpoint_and_text_for_people(tiny, capsys):
 def test_a_rounded_projection(sizes, capsys):
     reports = []
     for bits in ([], ["--lm-head-bits", "8"]):
-        assert main(["bench", "--synthetic", sizes, "--layers", "1", *RUN, "--json", *bits]) == 0
+        assert main(["bench", "--synthetic", sizes, "--layers", "1", *RUN, "--json", "--dtype", "float32", *bits]) == 0
         reports.append(json.loads(capsys.readouterr().out))
     assert [report["lm_head_bits"] for report in reports] == [None, 8]
     saved = 32 * 64 * 3 - 64 * 2  # bytes of float32 [D, V] less those of 8 bits and a float16 scale per output

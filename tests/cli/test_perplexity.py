@@ -29,7 +29,9 @@ def test_the_reference(model, tmp_path, capsys):
     nll = -logp[np.arange(18), ids[1:]].mean()
     file = tmp_path / "text"
     file.write_text(model.tokenizer.decode(ids))
-    assert main(["perplexity", "demo", str(file), "--context", "19", "--batch", "1", "--json"]) == 0
+    assert (
+        main(["perplexity", "demo", str(file), "--context", "19", "--batch", "1", "--json", "--dtype", "float32"]) == 0
+    )
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert not err and abs(report["nll"] - nll) < 1e-5
