@@ -27,8 +27,8 @@ from tests.support.compiling import quickly
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The first example compiles, so time says nothing about an example. Both profiles give the same examples at every run.
-for name, examples in {"dev": 10, "ci": 30}.items():
+# The first example compiles, so time says nothing about an example. Each profile gives the same examples at every run.
+for name, examples in {"few": 3, "dev": 10, "ci": 30}.items():
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,

@@ -131,7 +131,10 @@ def test_held_out_likelihoods_equal_the_reference(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "within"),
-    [("float32", 1e-3), pytest.param("bfloat16", 5e-3, marks=needs_library)],  # on the CPU kernels with int8 activations
+    [
+        ("float32", 1e-3),
+        pytest.param("bfloat16", 5e-3, marks=needs_library),
+    ],  # on the CPU kernels with int8 activations
 )
 def test_held_out_perplexity_of_the_demo_model(dtype: str, within: float) -> None:
     ids, (cfg, params) = reference(DEMO)["heldout_ids"], read_model(FOLDERS[DEMO], dtype=dtype)

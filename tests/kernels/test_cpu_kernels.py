@@ -140,18 +140,19 @@ def specified_experts(x, chosen, weights, gate_up, down):
 
 @every_isa
 @given(
-    tokens=st.integers(1, 40),
+    tokens=st.one_of(st.integers(1, 40), st.just(300)),
+    experts=st.sampled_from([2, 5, 17]),  # few are shared by all threads, each of many is one thread's
     act_order=st.booleans(),
     bits=st.sampled_from([4, 8]),
     group=st.sampled_from([16, 32, -1]),
     seed=st.integers(0, 99),
 )
-def test_experts_are_the_weighted_sum_of_their_mlps(isa, tokens, act_order, bits, group, seed):
+def test_experts_are_the_weighted_sum_of_their_mlps(isa, tokens, experts, act_order, bits, group, seed):
     form = {"bits": bits, "group_size": group, "act_order": act_order}
-    gate_up, dense_up = make_stack(seed, 5, k=40, n=48, **form)
-    down, dense_down = make_stack(seed + 1, 5, k=24, n=40, **form)
+    gate_up, dense_up = make_stack(seed, experts, k=40, n=48, **form)
+    down, dense_down = make_stack(seed + 1, experts, k=24, n=40, **form)
     rng = np.random.default_rng(seed)
-    x, chosen = normal(seed, tokens, 40), rng.integers(-1, 7, (tokens, 3)).astype(np.int32)
+    x, chosen = normal(seed, tokens, 40), rng.integers(-1, experts + 2, (tokens, 3)).astype(np.int32)
     weights = rng.uniform(0, 1, (tokens, 3)).astype(np.float32)
 
     def run(rounded: bool) -> jax.Array:
@@ -164,6 +165,23 @@ def test_experts_are_the_weighted_sum_of_their_mlps(isa, tokens, act_order, bits
         assert_close(run(False), expected, 2e-5)
         rounded = run(True)
     assert_close(rounded, expected, 5e-2)
+
+
+@every_isa
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_token_gets_the_same_bits_from_its_experts_alone_and_in_a_batch(isa, rounded):
+    gate_up, _ = make_stack(1, 17, k=256, n=640, group_size=128)
+    down, _ = make_stack(2, 17, k=320, n=256, group_size=64)
+    rng = np.random.default_rng(0)
+    x, weights = normal(0, 300, 256), rng.uniform(0, 1, (300, 3)).astype(np.float32)
+    chosen = np.minimum(rng.integers(0, 17, (300, 3)), rng.integers(0, 17, (300, 3))).astype(np.int32)  # uneven
+    with instruction_set(isa):
+        together, *others = (
+            np.asarray(cpu.experts(*map(jnp.asarray, (x[:n], chosen[:n], weights[:n])), gate_up, down, None, rounded))
+            for n in (300, 1, 2, 9, 120)
+        )
+    for some in others:
+        np.testing.assert_array_equal(some, together[: len(some)])
 
 
 def test_nobody_s_token_gets_zero_and_a_layer_is_taken_by_number():

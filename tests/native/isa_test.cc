@@ -78,12 +78,14 @@ std::vector<float> product(const Isa& isa, const Weight& w, const std::vector<fl
 }
 
 void products(const Isa& plain, const Isa& isa) {
-  const int64_t shapes[][3] = {{256, 96, 128}, {128, 33, 32}, {512, 64, 512}, {40, 5, 40}, {1088, 70, 64}, {17, 9, 24}};
+  const int64_t shapes[][3] = {{256, 96, 128}, {128, 33, 32}, {512, 64, 512}, {40, 5, 40}, {1088, 70, 64}, {17, 9, 24},
+                               {640, 600, 128}};
   for (auto& [k, n, group] : shapes)
     for (int bits : {4, 8})
       for (bool asymmetric : {false, true}) {
         Weight w(k, n, group, bits, asymmetric);
         for (int64_t rows : {1, 2, 3, 4, 6, 9, 17, 32}) {
+          if (rows * (n + 31) / 32 * 32 > kTileSize) continue;
           std::vector<float> x(static_cast<size_t>(rows * k));
           for (auto& v : x) v = uniform();
           for (bool int8 : {false, true})
