@@ -53,7 +53,7 @@ def linear(
 
     Args:
       x: [..., K].
-      weight: PackedLinear or TiledLinear of shape (K, N), or an array [K, N]; a stack [L] of them when `layer` is given.
+      weight: a packed weight of shape (K, N), or an array [K, N]; a stack [L] of them when `layer` is given.
       cfg: its `implementation` chooses the kernel.
       bias: [N] or None.
       out_dtype: of the result; None means x.dtype. Sums are float32 in any case.

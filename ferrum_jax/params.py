@@ -11,8 +11,9 @@ P (token, expert) pairs, R rows of the block layout.
     run = {"input_norm", "post_norm", "attn": {"q", "k", "v", "o", "q_norm", "k_norm"},
            "moe": {"router": [D, E], "experts": {"gate_up", "down"}}  or  "mlp": {"gate", "up", "down"}}
 
-Linear leaves are PackedLinear where quantised (TiledLinear once loaded for the GPU kernels) and arrays [K, N] where not; expert leaves have an expert axis and are
-MixedStack where the experts of a layer differ. Gate and up are one leaf where they are packed alike.
+Linear leaves are PackedLinear where quantised and arrays [K, N] where not; expert leaves have an expert axis and are
+MixedStack where the experts of a layer differ. Gate and up are one leaf where they are packed alike. Loaded for the GPU
+kernels, every PackedLinear is a TiledLinear.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
       seed: of the host generator.
 
     Returns:
-      Parameters with the structure of `abstract(cfg)`, packed weights in tiles for the GPU kernels. Scales keep activations near one.
+      Parameters with the structure of `abstract(cfg)`, in tiles for the GPU kernels. Scales keep activations near one.
 
     >>> import ferrum_jax as fj
     >>> cfg = fj.load("demo").cfg
@@ -206,8 +207,7 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
         )
 
     tops = readers(plan.top, 0)
-    layers = lambda run, _: readers(plan.runs[run].tree, 1)  # noqa: E731
-    return assemble(plan, lambda name: tops[name](), layers, layout_for(cfg))
+    return assemble(plan, lambda name: tops[name](), lambda run, _: readers(plan.runs[run].tree, 1), layout_for(cfg))
 
 
 def layout_for(cfg: ModelConfig) -> Callable[[Any], Any]:

@@ -52,7 +52,8 @@ def default_implementation(platform: str | None = None) -> str:
     platform = jax.default_backend() if platform is None else platform
     if platform.lower() not in _BEST:
         raise BackendError(
-            f"this version has no GPTQ kernel for the platform {platform!r}; kernels exist for cpu, cuda, METAL and mps. "
+            f"this version has no GPTQ kernel for the platform {platform!r}; kernels exist for cpu, cuda, METAL and "
+            f"mps. "
             f'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU.'
         )
     best = _BEST[platform.lower()]
@@ -103,7 +104,8 @@ def dequantize(w: Weight | jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """The weight that a packed linear stands for, in input order.
 
     Args:
-      w: PackedLinear or TiledLinear with any leading axes; a plain array is only cast, so that `jax.tree.map(dequantize, ...)` works.
+      w: a packed weight with any leading axes; a plain array is only cast, so that `jax.tree.map(dequantize, ...)`
+        works.
       dtype: of the result; the arithmetic runs in float32.
 
     Returns:
@@ -165,7 +167,8 @@ def gptq_matmul(
     """
     if len(w.lead) != (0 if layer is None else 1):
         raise ShapeError(
-            f"this {type(w).__name__} has leading axes {w.lead}; gptq_matmul takes one matrix, or a stack [L] with layer=."
+            f"this {type(w).__name__} has leading axes {w.lead}; gptq_matmul takes one matrix, or a stack [L] with "
+            f"layer=."
         )
     _check_weight(w)
     _check_activations(x, w.k, "the weight")

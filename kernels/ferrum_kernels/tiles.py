@@ -1,8 +1,8 @@
 """TiledLinear: a packed weight in the order in which a GPU kernel reads it, made once at load.
 
-Containers of 16 bits hold 16 / bits codes. Inputs are cut into runs of 32 (planes); container i of a block holds input i
-of each of its planes, so that a plane's codes are one shift and one mask away and meet 32 consecutive activations. The
-words of one block and of neighbouring outputs lie together: a tile is one run of memory.
+Containers of 16 bits hold 16 / bits codes. Inputs are cut into runs of 32 (planes); container i of a block holds
+input i of each of its planes, so that a plane's codes are one shift and one mask away and meet 32 consecutive
+activations. The words of one block and of neighbouring outputs lie together: a tile is one run of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ferrum_kernels.bits import pack, unpack
 from ferrum_kernels.errors import BackendError, ShapeError
-from ferrum_kernels.packed import PackedLinear, check_packed, zero_points
+from ferrum_kernels.packed import PackedLinear, check_packed
 
 PLANE = 32  # inputs of a plane, containers of a block
 COLUMNS = 64  # outputs are padded to a multiple of this

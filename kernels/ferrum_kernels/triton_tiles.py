@@ -1,4 +1,4 @@
-"""Which tiles the Triton kernels use: tables measured on a device, kept as JSON in tuned/, and how a tile is made to fit."""
+"""Which tiles the Triton kernels use: tables measured on a device, as JSON in tuned/, and how a tile is made to fit."""
 
 from __future__ import annotations
 
