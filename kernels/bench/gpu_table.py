@@ -1,8 +1,8 @@
 """One expert layer on an NVIDIA GPU, from router logits to output, beside Marlin's recorded times and the floor.
 
-A call runs several layers in a scan, each with its own weights and routing, the next on the last one's output; times
-are of many calls queued behind each other, divided by the layers. The floor is the time to read the live experts once,
-or to do the products, whichever is longer.
+A call runs several layers one after the other as one CUDA graph, each with its own weights and routing and the next on
+the last one's output; times are of many calls queued behind each other, divided by the layers. The floor is the time to
+read the live experts once, or to do the products, whichever is longer.
 """
 
 from __future__ import annotations
@@ -68,21 +68,18 @@ def rows(cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, rout
     stacks = random_stack(1, (layers, e), d, 2 * f, 128), random_stack(2, (layers, e), f, d, 128)
     for count in tokens:
         rng = np.random.default_rng(count)
-        logits = np.stack([route_logits(rng, count, e, routing) for _ in range(layers)])
+        logits = [jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)]
         x = jnp.asarray(rng.standard_normal((count, d)), cfg.dtype)
 
-        def run(x: jax.Array, logits: jax.Array, stacks: Any) -> jax.Array:
-            def one(x: jax.Array, this: Any) -> tuple[jax.Array, None]:
-                layer, logits = this
-                _, weights, live, counts = triton.route(logits, None, top_k, True)
-                return triton.experts(x, live, weights, counts, *stacks, layer), None
-
-            return jax.lax.scan(one, x, (jnp.arange(layers, dtype=jnp.int32), logits))[0]
+        def run(x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
+            for layer in range(layers):
+                _, weights, live, counts = triton.route(logits[layer], None, top_k, True)
+                x = triton.experts(x, live, weights, counts, stacks[0], stacks[1], layer)
+            return x
 
         began = time.perf_counter()
         step = jax.jit(run).lower(x, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
-        logits = jnp.asarray(logits)
         jax.block_until_ready(step(x, logits, stacks))
         took = []
         for _ in range(repeats):
@@ -91,7 +88,7 @@ def rows(cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, rout
                 y = step(x, logits, stacks)
             jax.block_until_ready(y)
             took.append((time.perf_counter() - began) / calls / layers * 1e6)
-        chosen = np.argsort(-np.asarray(logits), axis=-1)[..., :top_k]
+        chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
         live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
         nbytes = sum(stack.nbytes for stack in stacks) / layers / e * live
         flops = 6 * count * top_k * d * f

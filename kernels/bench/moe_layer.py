@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -24,9 +23,6 @@ import numpy as np
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.moe import moe_layer
 from ferrum_jax.params import random_params
-
-# With these a scan over layers is one CUDA graph, and launches cost what they cost in one.
-GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
 
 
 def measure(layers: list[Any], cfg: Any, tokens: int, repeats: int, seed: int) -> dict[str, Any]:
@@ -86,8 +82,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cfg = load_toml_config(options.config)
-    # Read when jax first looks for devices.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer={GRAPHS}"
     on_gpu = jax.default_backend() == "gpu" and options.implementation in (None, "triton")
     options.layers = options.layers or (8 if on_gpu else 3)
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")

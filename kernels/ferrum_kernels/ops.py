@@ -198,11 +198,11 @@ def _one(w: Any, layer: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), w)
 
 
-def _cpu_matmul(x: jax.Array, w: PackedLinear, layer: Any, rounded: bool, dtype: Any) -> jax.Array:
-    return _kernel_matmul(lambda *operands: cpu.gptq_matmul(*operands[:3], rounded, operands[3]), x, w, layer, dtype)
+def _cpu_matmul(x: jax.Array, w: Any, layer: Any, rounded: bool, dtype: Any) -> jax.Array:
+    return _kernel_matmul(lambda x, w, i, out: cpu.gptq_matmul(x, w, i, rounded, out), x, w, layer, dtype)
 
 
-def _triton_matmul(x: jax.Array, w: TiledLinear, layer: Any, dtype: Any) -> jax.Array:
+def _triton_matmul(x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:
     triton.check_dtype(x)
     return _kernel_matmul(triton.gptq_matmul, x, w, layer, dtype)
 
@@ -300,7 +300,7 @@ def _parts(stack: ExpertStack) -> tuple[tuple[Any, ...], tuple[tuple[int, ...], 
     return (stack,), None
 
 
-def _lead_and_shape(part: Weight | jax.Array) -> tuple[tuple[int, ...], tuple[int, int]]:
+def _lead_and_shape(part: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
     if is_weight(part):
         return part.lead, part.shape
     return tuple(part.shape[:-2]), (part.shape[-2], part.shape[-1])

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ jax.tree_util.register_dataclass(
 )
 
 
-def is_weight(node: Any) -> bool:
+def is_weight(node: Any) -> TypeGuard[PackedLinear | TiledLinear]:
     """True for a packed weight in either layout; the `is_leaf` of tree functions that treat packed weights whole.
 
     >>> is_weight(jnp.zeros(3))

@@ -198,7 +198,7 @@ def experts(
         blocks = max_blocks(pairs, num_experts, table)
         counts = count(live, num_experts) if counts is None else counts
         order, *tables = triton_route.place(live, counts, num_experts, table, blocks, interpret)
-        rows = Rows(table, *tables, order)
+        rows = Rows(table, experts=tables[0], starts=tables[1], counts=tables[2], order=order)
     else:  # each pair is a block of its own
         table = up_block = down_block = 1
         blocks, rows = pairs, Rows(1, flat)

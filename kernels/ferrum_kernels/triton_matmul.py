@@ -251,7 +251,7 @@ def _sums(
 
     def multiply(word: jax.Array, zero: Any, scale: Any, x: list[jax.Array], total: jax.Array) -> jax.Array:
         for j in range(0, planes, span):
-            part = total if s.groups == 1 else None
+            part: Any = total if s.groups == 1 else None
             for i in range(j, j + span, wide):
                 floats = [decode(word, i + p, s.bits, zero[j // span], s.dtype, s.interpret) for p in range(wide)]
                 d = _dot(_side_by_side(floats), x[i // wide], s.interpret)

@@ -22,7 +22,7 @@ def table(device_kind: str) -> dict[str, Any]:
     """The measured table for a kind of device, or that of its nearest relative: only a Hopper GPU was measured.
 
     >>> sorted(table("NVIDIA H200"))
-    ['date', 'device', 'experts', 'rows', 'shapes']
+    ['date', 'device', 'experts', 'note', 'rows', 'shapes']
     """
     names = {file.stem: file for file in FOLDER.glob("*.json")}
     kind = device_kind.lower().replace(" ", "-")

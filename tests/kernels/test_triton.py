@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,11 +112,12 @@ def test_a_mixed_stack():
 @functools.cache
 def layer_of(case: int):
     """(gate and up, down, their dense weights): what a layer can be made of."""
-    up, down = [
+    kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (dict(k=256, n=256, group_size=128, sym=True), dict(k=128, n=256, group_size=128, sym=True)),
         (dict(k=128, n=128, group_size=32, act_order=True), dict(k=64, n=128, bits=8, group_size=64, act_order=True)),
         (dict(k=160, n=80, bits=8, group_size=-1), dict(k=40, n=160, group_size=-1)),  # nothing fits a tile
-    ][case]
+    ]
+    up, down = kinds[case]
     (a, dense_a), (b, dense_b) = make_stack(1, EXPERTS, **up), make_stack(2, EXPERTS, **down)
     return tile(a), tile(b), dense_a, dense_b
 
@@ -130,7 +132,7 @@ def test_an_expert_layer(case, tokens):
     ids[0] = [3, 1]
     weights = rng.random((tokens, 2)).astype(np.float32)
     layers = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), (gate_up, down))
-    y = triton.experts(x, jnp.asarray(ids), jnp.asarray(weights), None, *layers, 1)
+    y = triton.experts(x, jnp.asarray(ids), jnp.asarray(weights), None, layers[0], layers[1], 1)
     assert y.dtype == jnp.bfloat16
     assert relative(y, expert_layer(np.asarray(x), ids, weights, dense_up, dense_down)) < TWO_ROUNDINGS
 
@@ -231,7 +233,7 @@ def test_gradients_are_those_of_the_dense_product():
 def test_tiles_are_read_by_the_portable_implementations(implementation):
     stack, dense = make_stack(0, 3, k=64, n=32, group_size=32, act_order=True)
     x = normal(0, 3, 64)
-    y = grouped_gptq_matmul(x, tile(stack), jnp.asarray([1, 0, 2]), implementation=implementation)
+    y = grouped_gptq_matmul(jnp.asarray(x), tile(stack), jnp.asarray([1, 0, 2]), implementation=implementation)
     assert relative(y, np.stack([x[i] @ dense[e] for i, e in enumerate([0, 2, 2])])) < 1e-5
 
 
@@ -246,7 +248,7 @@ def test_a_layer_lowers_for_cuda_without_a_copy_of_its_stack(case, tokens):
     def run(x, logits, stacks, layer):
         with triton.interpreted(False):
             _, weights, live, counts = triton.route(logits, None, 2, True)
-            return triton.experts(x, live, weights, counts, *stacks, layer)
+            return triton.experts(x, live, weights, counts, stacks[0], stacks[1], layer)
 
     logits = jax.ShapeDtypeStruct((tokens, EXPERTS), jnp.float32)
     text = lower_for_cuda(run, token, logits, layers, jax.ShapeDtypeStruct((), jnp.int32))

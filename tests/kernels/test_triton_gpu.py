@@ -69,7 +69,7 @@ def check_layer(stacks, dense_up, dense_down, tokens, load):
     @jax.jit
     def run(x, logits, stacks):
         ids, weights, live, counts = triton.route(logits, None, K, True)
-        return ids, weights, triton.experts(x, live, weights, counts, *stacks, jnp.int32(1))
+        return ids, weights, triton.experts(x, live, weights, counts, stacks[0], stacks[1], 1)
 
     poison((tokens * K, 256), (tokens * K, 512))
     ids, weights, y = run(x, logits, stacks)
