@@ -74,8 +74,8 @@ class Loading(Checkpoint):
     """Options of every command that runs a model.
 
     Args:
-      implementation: of the packed matmuls (cpu, cpu-exact, cpu-int8, xla, apple, reference); without it the best of
-        the device.
+      implementation: of the packed matmuls (cpu, cpu-exact, cpu-int8, triton, xla, apple, reference); without it the
+        best of the device.
       no_weight_cache: read the checkpoint itself, and keep no assembled weights on disk for the next start.
     """
 
