@@ -206,6 +206,8 @@ class ModelConfig:
       sliding_windows: per layer, how many latest tokens a query sees, itself included; None sees all. Empty means None.
       hidden_act: activation of the gate, "silu".
       quant: GPTQ settings, None for an unquantised model.
+      lm_head_bits: 4 or 8 holds an output projection that the checkpoint stores unquantised in so many bits, beside the
+        embedding where it is tied; None as the checkpoint has it.
       dtype: dtype of activations and unquantised weights.
       implementation: name of the kernels to use, None for the best of the device.
       eos_token_ids: ids that end a text.
@@ -245,6 +247,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...] = ()
     hidden_act: str = "silu"
     quant: QuantConfig | None = None
+    lm_head_bits: int | None = None
     dtype: str = "bfloat16"
     implementation: str | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -264,6 +267,7 @@ class ModelConfig:
         check.number("rms_norm_eps", self.rms_norm_eps, above=0.0)
         check.choice("hidden_act", self.hidden_act, HIDDEN_ACTS)
         check.choice("dtype", self.dtype, DTYPES)
+        check.lm_head_bits(self.lm_head_bits)
         check.parts(self, RopeConfig, QuantConfig)
         check.layers(self)
         check.heads(self)

@@ -105,6 +105,15 @@ def group_size(name: str, value: Any) -> int:
     return value
 
 
+def lm_head_bits(value: Any) -> None:
+    """Refuse anything but None and the widths that every kernel takes."""
+    if value is not None and not (is_integer(value) and value in (4, 8)):
+        raise ConfigError(
+            f"lm_head_bits is {shown(value)}; 4 or 8 is accepted, and None, which keeps the output projection as the "
+            "checkpoint has it; pick one of them."
+        )
+
+
 def module_setting(key: str, accepted: tuple[str, ...]) -> None:
     """Refuse an override that does not belong to one module."""
     if key not in accepted:

@@ -16,6 +16,7 @@ from ferrum_kernels import gptq_matmul as gptq_matmul
 from ferrum_kernels import grouped_gptq_matmul as grouped_gptq_matmul
 from ferrum_kernels import is_packed as is_packed
 from ferrum_kernels import is_weight as is_weight
+from ferrum_kernels import round_to_nearest as round_to_nearest
 from ferrum_kernels import tile as tile
 from ferrum_kernels import to_blocks as to_blocks
 from ferrum_kernels import to_gptq as to_gptq

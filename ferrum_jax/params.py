@@ -7,7 +7,7 @@ P (token, expert) pairs, R rows of the block layout.
     {"embed": [V, D],
      "layers": (run, ...),          consecutive layers of one structure, stacked on a leading axis
      "norm": [D],
-     "lm_head": [D, V]}             absent when tied
+     "lm_head": [D, V]}             absent when tied, unless lm_head_bits makes a packed one of the embedding
     run = {"input_norm", "post_norm", "attn": {"q", "k", "v", "o", "q_norm", "k_norm"},
            "moe": {"router": [D, E], "experts": {"gate_up", "down"}}  or  "mlp": {"gate", "up", "down"}}
 

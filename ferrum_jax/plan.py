@@ -34,6 +34,8 @@ class Format:
 
 FormatOf = Callable[[str, int], Format | None]
 
+ROUNDED_GROUP = 128  # inputs per scale of what is rounded at load, as most GPTQ checkpoints have
+
 
 def config_formats(cfg: ModelConfig) -> FormatOf:
     """The formats that a configuration promises, before a checkpoint has been seen.
@@ -132,6 +134,8 @@ def _fuse(layer: dict[str, Any], format_of: FormatOf) -> dict[str, Any]:
 
 
 def _format(linear: Linear, format_of: FormatOf) -> Format | None:
+    if linear.round_to is not None:
+        return Format(linear.round_to, min(ROUNDED_GROUP, linear.k))
     return format_of(linear.modules[0], linear.k)
 
 

@@ -18,11 +18,15 @@ class Vector:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer [k, sum(n)], made of one module or of several side by side."""
+    """A linear layer [k, sum(n)], made of one module or of several side by side.
+
+    With round_to it is a plain one that is held in so many bits.
+    """
 
     modules: tuple[str, ...]
     k: int
     n: tuple[int, ...]
+    round_to: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,13 +89,14 @@ def _gated(prefix: str, name: str, hidden: int, intermediate: int) -> Linear:
 
 
 def top_sources(cfg: ModelConfig) -> dict[str, Vector | Linear]:
-    """The leaves outside the layers: embedding, final norm and, unless tied, the output projection."""
+    """The leaves outside the layers: embedding, final norm and an output projection of its own, where there is one."""
     top: dict[str, Vector | Linear] = {
         "embed": Vector("model.embed_tokens.weight", (cfg.vocab_size, cfg.hidden_size)),
         "norm": Vector("model.norm.weight", (cfg.hidden_size,)),
     }
-    if not cfg.tie_word_embeddings:
-        top["lm_head"] = Linear(("lm_head",), cfg.hidden_size, (cfg.vocab_size,))
+    if cfg.lm_head_bits is not None or not cfg.tie_word_embeddings:
+        module = "model.embed_tokens" if cfg.tie_word_embeddings else "lm_head"
+        top["lm_head"] = Linear((module,), cfg.hidden_size, (cfg.vocab_size,), cfg.lm_head_bits)
     return top
 
 

@@ -313,6 +313,7 @@ def test_config_json_must_be_an_object():
         ({"eos_token_ids": 5}, r"eos_token_ids is 5; a list of token ids is accepted; wrap a single id"),
         ({"rope": {"theta": 1e4}}, r"rope is \{'theta': 10000\.0\}; a RopeConfig is accepted; build it first"),
         ({"quant": {"bits": 4}}, r"quant is \{'bits': 4\}; a QuantConfig or None is accepted"),
+        ({"lm_head_bits": 3}, r"lm_head_bits is 3; 4 or 8 is accepted, and None, which keeps the output projection as"),
         ({"implementation": ["xla"]}, r"implementation is \['xla'\]; a name or None is accepted"),
     ],
 )

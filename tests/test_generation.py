@@ -20,7 +20,7 @@ PROMPTS = ["Once upon a time there was a king", "The fox", "In the beginning of 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return fj.load("demo", quiet=True)
+    return fj.load("demo", dtype="float32", quiet=True)
 
 
 def tokens(steps: list[Step], row: int = 0) -> list[int]:

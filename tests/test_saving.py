@@ -44,6 +44,13 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return model.cfg, model.params
 
 
+@pytest.fixture(scope="module")
+def rounded() -> Saved:
+    """A projection of its own beside tied embeddings."""
+    model = fj.load("demo", lm_head_bits=8, quiet=True)
+    return model.cfg, model.params
+
+
 @pytest.fixture
 def folder(mixed: Saved, tmp_path: Path) -> Path:
     return save_params(tmp_path / "saved", *mixed)
@@ -67,7 +74,7 @@ def largest_file(folder: Path) -> Path:
     return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
 
 
-@pytest.mark.parametrize("which", ["demo", "mixed"])
+@pytest.mark.parametrize("which", ["demo", "mixed", "rounded"])
 def test_round_trip_is_exact(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     cfg, params = request.getfixturevalue(which)
     read_cfg, read = load_params(save_params(tmp_path / "saved", cfg, params))

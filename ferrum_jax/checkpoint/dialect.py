@@ -214,7 +214,12 @@ class _Scan:
                 f"{self.files.folder} holds both {packed!r} and {plain!r}: one linear layer, twice. "
                 f"Remove the one that does not belong."
             )
-        declared = self.declared(module)
+        if packed and source.round_to is not None:
+            raise CheckpointError(
+                f"{packed!r} is quantised already, so lm_head_bits={source.round_to} has nothing to round. "
+                f"Leave lm_head_bits out."
+            )
+        declared = None if source.round_to is not None else self.declared(module)
         if packed:
             self.visit_packed(module, source.k, n, declared)
         elif plain:

@@ -16,6 +16,7 @@ from ferrum_jax.kernels import GptqTensors, MixedStack, PackedLinear, from_gptq
 from ferrum_jax.progress import Progress
 from ferrum_jax.sources import Experts, Linear, Vector
 from ferrum_kernels.bits import pack, unpack
+from ferrum_kernels.rounding import round_to_nearest
 
 _AS_STORED = {"I32": np.uint32, "F16": np.float16}  # stored dtype -> what has the same bits
 
@@ -69,6 +70,8 @@ class LeafReader:
         if not isinstance(out, PackedLinear):
             for module, columns in _columns(source):
                 self._dense(f"{module}.weight", out[:, columns])
+        elif source.round_to is not None:
+            self._rounded(f"{source.modules[0]}.weight", out)
         elif out.qzeros is None and out.perm is None:
             for module, columns in _columns(source):
                 self._words(f"{module}.qweight", out.qweight[:, columns])
@@ -86,6 +89,15 @@ class LeafReader:
         """A weight that is stored [N, K] and held [K, N]."""
         for rows, block in self.reader.blocks(self._stored(name)):
             out[:, rows] = block.astype(out.dtype, copy=False).T
+
+    def _rounded(self, name: str, out: PackedLinear) -> None:
+        """A weight that is stored [N, K] and held packed; some of its N at a time, as rounding takes float32."""
+        try:
+            for rows, block in self.reader.blocks(self._stored(name)):
+                part = round_to_nearest(block.T, out.bits, out.group_size)
+                out.qweight[:, rows], out.scales[:, rows] = part.qweight, part.scales
+        except ShapeError as error:
+            raise CheckpointError(f"{name}: {error}") from error
 
     def _words(self, name: str, out: np.ndarray) -> None:
         """Words or scales as they are, to some columns of a wider matrix."""

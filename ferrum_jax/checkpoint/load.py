@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ferrum_jax import config_checks as check
 from ferrum_jax.checkpoint.dialect import read_dialect
 from ferrum_jax.checkpoint.files import open_checkpoint
 from ferrum_jax.checkpoint.hub import resolve
@@ -31,10 +32,12 @@ from ferrum_jax.environment import (
     weight_cache_folder,
 )
 from ferrum_jax.errors import BackendError, CheckpointError, ConfigError
+from ferrum_jax.kernels import default_implementation
 from ferrum_jax.params import assemble, layout_for, num_bytes
 from ferrum_jax.plan import Plan, make_plan
 from ferrum_jax.progress import Progress
 from ferrum_jax.tokenizer import Tokenizer
+from ferrum_kernels import cpu
 from ferrum_kernels.ops import IMPLEMENTATIONS
 
 
@@ -91,6 +94,7 @@ def load(
     dtype: str | None = None,
     implementation: str | None = None,
     checkpoint_format: str | None = None,
+    lm_head_bits: int | None = None,
     offline: bool | None = None,
     weight_cache: bool | None = None,
     quiet: bool = False,
@@ -100,10 +104,13 @@ def load(
     Args:
       model: "demo" (the model in the package), a folder, or a Hugging Face id, "owner/name" or "owner/name@revision".
       revision: branch, tag or commit on the Hub.
-      dtype: "bfloat16", "float16" or "float32" for activations and unquantised weights. None means float32 on CPU,
-        which computes nothing faster in 16 bits without a kernel for it, and the checkpoint's own dtype elsewhere.
+      dtype: "bfloat16", "float16" or "float32" for activations and unquantised weights. None means the checkpoint's
+        own, but float32 on a CPU without the CPU kernels, where 16 bits are slower (see `default_dtype`).
       implementation: of the packed matmuls, None for the best of the device; stored in cfg.
       checkpoint_format: "gptq" or "gptq_v2", to settle what the files leave open.
+      lm_head_bits: 8 or 4 holds the output projection in so many bits, rounded while it is read, where the checkpoint
+        stores it unquantised; stored in cfg. None holds it as the checkpoint does. Where the checkpoint ties it to the
+        embedding, the packed projection comes beside the embedding, which stays as it is.
       offline: True reads the Hugging Face cache only; None follows HF_HUB_OFFLINE.
       weight_cache: keep the assembled weights on disk and map them from there at the next start, on CPU. None does so
         for checkpoints of 256 MiB and more unless FERRUM_JAX_WEIGHT_CACHE is "off"; True and False decide.
@@ -130,12 +137,13 @@ def load(
         raise ConfigError(f"checkpoint_format={checkpoint_format!r} is unknown; accepted are 'gptq' and 'gptq_v2'.")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise BackendError(f"implementation={implementation!r} is unknown; accepted are None, {IMPLEMENTATIONS}.")
+    check.lm_head_bits(lm_head_bits)
     folder = resolve(model, revision=revision, offline=offline, quiet=quiet)
     cfg = read_config(folder)
     check_platform()
     if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
-    cfg = dataclasses.replace(cfg, dtype=dtype, implementation=implementation)
+        dtype = default_dtype(cfg, implementation)
+    cfg = dataclasses.replace(cfg, dtype=dtype, implementation=implementation, lm_head_bits=lm_head_bits)
     tokenizer = Tokenizer.from_folder(folder)
     enable_compile_cache()
     entry = _cache_entry(folder, cfg, checkpoint_format, weight_cache)
@@ -148,6 +156,22 @@ def load(
     sizes = facts.bytes_read, num_bytes(params)
     report = LoadReport(folder, facts.version, seconds, *sizes, facts.warnings, file, found is not None)
     return Model(cfg, params, tokenizer, report)
+
+
+def default_dtype(cfg: ModelConfig, implementation: str | None) -> str:
+    """The dtype that `dtype=None` stands for.
+
+    Args:
+      cfg: as the checkpoint says.
+      implementation: of the packed products.
+
+    Returns:
+      The checkpoint's own; float32 on the CPU where XLA runs the products, which takes longer over 16 bits.
+    """
+    if jax.default_backend() != "cpu":
+        return cfg.dtype
+    kernels = (default_implementation() if implementation is None else implementation) in cpu.NAMES
+    return cfg.dtype if kernels and cfg.quant is not None and cfg.quant.bits in cpu.BITS else "float32"
 
 
 def _cache_entry(

@@ -1,6 +1,6 @@
 """Assembled weights on disk: written while a checkpoint is loaded, mapped into memory by the next start.
 
-One safetensors file per checkpoint and dtype, in a folder of the user:
+One safetensors file per checkpoint, dtype and lm_head_bits, in a folder of the user:
 
     header      padded with spaces, so that every tensor begins on a page
     leaves      the stacks as they lie in memory, with "padding.N" between them where a size asks for it
@@ -88,7 +88,7 @@ def find_entry(cache: Path, folder: Path, cfg: ModelConfig, checkpoint_format: s
     Args:
       cache: folder of the cache.
       folder: the checkpoint.
-      cfg: its configuration, with the dtype of the load.
+      cfg: its configuration, with the dtype and lm_head_bits of the load.
       checkpoint_format: as the user gave it.
 
     Returns:
@@ -114,7 +114,8 @@ def find_entry(cache: Path, folder: Path, cfg: ModelConfig, checkpoint_format: s
             digest.update(file.read(min(length, MAX_HEADER_BYTES)))
     if (folder / INDEX).exists():
         digest.update((folder / INDEX).read_bytes())
-    place = hashlib.blake2b(repr((str(folder.resolve()), cfg.dtype, checkpoint_format)).encode(), digest_size=8)
+    what = (str(folder.resolve()), cfg.dtype, checkpoint_format, cfg.lm_head_bits)
+    place = hashlib.blake2b(repr(what).encode(), digest_size=8)
     name = re.sub(r"[^\w.-]", "_", folder.resolve().name)[:64]
     return Entry(cache / f"{name}-{place.hexdigest()}.safetensors", digest.hexdigest())
 

@@ -105,16 +105,16 @@ def synthetic_model(options: Bench) -> Model:
         n = options.layers
         cfg = replace(cfg, num_layers=n, moe_layers=cfg.moe_layers[:n], sliding_windows=cfg.sliding_windows[:n])
     start_jax(options)
-    import jax
     import tokenizers
 
-    from ferrum_jax.checkpoint.load import LoadReport, Model
+    from ferrum_jax.checkpoint.load import LoadReport, Model, default_dtype
     from ferrum_jax.environment import check_memory, enable_compile_cache
     from ferrum_jax.params import abstract, num_bytes, random_params
     from ferrum_jax.tokenizer import Tokenizer
 
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else cfg.dtype)
-    cfg = replace(cfg, dtype=dtype, implementation=options.implementation)
+    dtype = options.dtype or default_dtype(cfg, options.implementation)
+    bits = options.lm_head_bits or cfg.lm_head_bits
+    cfg = replace(cfg, dtype=dtype, implementation=options.implementation, lm_head_bits=bits)
     needed = num_bytes(abstract(cfg))
     check_memory(needed, options.synthetic)
     enable_compile_cache()
@@ -190,6 +190,7 @@ def measure(options: Bench, model: Model, status: Status) -> dict[str, Any]:
         },
         "repeats": options.repeats,
         "dtype": model.cfg.dtype,
+        "lm_head_bits": model.cfg.lm_head_bits,
         "implementation": _implementation(model),
         "device": _device(),
         "versions": _versions(),
@@ -257,7 +258,8 @@ def text_of(report: dict[str, Any]) -> str:
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
     shapes, device, versions = report["shapes"], report["device"], report["versions"]
-    yield f"{report['model']}   {shapes['layers']} layers · {report['dtype']} · {report['implementation']}"
+    head = "" if report["lm_head_bits"] is None else f" · lm_head in {report['lm_head_bits']} bits"
+    yield f"{report['model']}   {shapes['layers']} layers · {report['dtype']} · {report['implementation']}{head}"
     yield (
         f"{device['platform']} ({device['kind']}) · ferrum_jax {versions['ferrum_jax']} · jax {versions['jax']} · "
         f"jaxlib {versions['jaxlib']} · Python {versions['python']}"

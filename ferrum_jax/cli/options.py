@@ -52,7 +52,8 @@ class Checkpoint(Common):
     """Options of every command that reads a checkpoint.
 
     Args:
-      dtype: of activations and unquantised weights; without it float32 on CPU and the checkpoint's own elsewhere.
+      dtype: of activations and unquantised weights; without it the checkpoint's own, or float32 on a CPU without the
+        CPU kernels.
       revision: branch, tag or commit on the Hugging Face Hub.
       offline: read the Hugging Face cache only.
       checkpoint_format: settles how zero points are stored, where the files leave it open.
@@ -76,10 +77,12 @@ class Loading(Checkpoint):
     Args:
       implementation: of the packed matmuls (cpu, cpu-exact, cpu-int8, triton, xla, apple, reference); without it the
         best of the device.
+      lm_head_bits: hold an unquantised output projection in 4 or 8 bits, rounded while it is loaded.
       no_weight_cache: read the checkpoint itself, and keep no assembled weights on disk for the next start.
     """
 
     implementation: Annotated[str | None, arg(metavar="NAME", help_behavior_hint=NO_DEFAULT)] = None
+    lm_head_bits: Annotated[Literal[4, 8] | None, arg(metavar="{4,8}", help_behavior_hint=NO_DEFAULT)] = None
     no_weight_cache: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
 
 
@@ -107,6 +110,7 @@ def load_model(options: Loading, model: str) -> Model:
             dtype=options.dtype,
             implementation=options.implementation,
             checkpoint_format=options.checkpoint_format,
+            lm_head_bits=options.lm_head_bits,
             offline=options.offline or None,
             weight_cache=False if options.no_weight_cache else None,
             quiet=options.quiet,

@@ -62,7 +62,8 @@ class Perplexity(Loading):
         with Status("compiling", self.quiet) as status:
             score = measure(model, tokens, self.context, self.batch, self.tail, status.update)
         if self.json:
-            emit({"model": self.model, "file": self.file, "dtype": model.cfg.dtype, **asdict(score)})
+            settings = {"dtype": model.cfg.dtype, "lm_head_bits": model.cfg.lm_head_bits}
+            emit({"model": self.model, "file": self.file, **settings, **asdict(score)})
         else:
             print(
                 f"perplexity {score.perplexity:.4f} · {score.tokens} tokens scored in {score.windows} windows of "

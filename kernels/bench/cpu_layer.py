@@ -128,7 +128,8 @@ def our_tests(
             def step(_: None, at: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
                 x, layer = at
                 one = {"router": moe["router"][layer], "experts": moe["experts"]}
-                return None, moe_layer(one, x, cfg, layer=layer)[0]
+                # Kept as float32: on CPU XLA converts a whole bfloat16 array to write one row of it.
+                return None, moe_layer(one, x, cfg, layer=layer)[0].astype(jnp.float32)
 
             return jax.lax.scan(step, None, (xs, layers))[1]
 

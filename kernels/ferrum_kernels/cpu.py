@@ -27,6 +27,7 @@ from ferrum_kernels.packed import PackedLinear
 from ferrum_kernels.tiles import TiledLinear
 
 NAMES = ("cpu", "cpu-exact", "cpu-int8")
+BITS = (4, 8)
 _TARGETS = ("gptq_matmul", "dense_matmul", "grouped_matmul", "route", "experts", "attention")
 MOST_HEAD = 256
 
@@ -41,7 +42,7 @@ def refuses(w: Any) -> str | None:
         return "the CPU kernels take weights laid out as in their file; this one is in tiles, so untile it"
     if not isinstance(w, PackedLinear):
         return "the CPU kernels take packed weights; this one is a plain array"
-    if w.bits not in (4, 8):
+    if w.bits not in BITS:
         return f"the CPU kernels take 4 and 8 bits; this weight has {w.bits}"
     if w.group_size < w.k and w.group_size % (32 // w.bits):
         return (

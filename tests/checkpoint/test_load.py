@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,9 +12,11 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import environment
+from ferrum_jax.checkpoint.load import default_dtype
 from ferrum_jax.errors import BackendError, CapacityError, CheckpointError, ConfigError
 from ferrum_jax.kernels import PackedLinear
 from ferrum_jax.params import num_bytes
+from ferrum_kernels import cpu_library
 from tests.support import damage
 from tests.support.checkpoint_writer import TinySpec, write_checkpoint
 
@@ -36,18 +39,29 @@ def test_dtype_is_that_of_unquantised_leaves_and_scales_stay_exact(dtype: str, f
     assert fj.init_cache(model.cfg, batch=1, length=4).k.dtype == dtype
 
 
-def test_no_dtype_means_float32_on_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fj.load(folder, quiet=True).cfg.dtype == "float32"
+def test_no_dtype_means_the_checkpoint_s_own_where_the_cpu_kernels_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "bfloat16"  # what config.json says
+    cfg = fj.load(folder, quiet=True).cfg
+    assert cfg.dtype == ("float32" if cpu_library.unavailable() else own)
+    for implementation in ("xla", "apple"):
+        assert fj.load(folder, implementation=implementation, quiet=True).cfg.dtype == "float32"
+    for name in ("cpu", "cpu-exact", "cpu-int8"):
+        assert default_dtype(dataclasses.replace(cfg, dtype=own), name) == own
+    assert cfg.quant is not None
+    for quant in (None, dataclasses.replace(cfg.quant, bits=3)):
+        assert default_dtype(dataclasses.replace(cfg, dtype=own, quant=quant), "cpu") == "float32"
     monkeypatch.setattr(jax, "default_backend", lambda: "mps")
-    assert fj.load(folder, quiet=True).cfg.dtype == "bfloat16"  # what config.json says
+    assert fj.load(folder, quiet=True).cfg.dtype == own
 
 
 @pytest.mark.parametrize("implementation", [None, "xla", "apple", "reference"])
 def test_the_implementation_is_kept_in_cfg_and_used(implementation: str | None, folder: Path) -> None:
-    model = fj.load(folder, implementation=implementation, quiet=True)
+    model = fj.load(folder, implementation=implementation, dtype="float32", quiet=True)
     assert model.cfg.implementation == implementation
     logits = fj.forward(model.params, jnp.array([[5, 6]]), model.cfg)
-    expected = fj.forward(model.params, jnp.array([[5, 6]]), fj.load(folder, quiet=True).cfg)
+    expected = fj.forward(model.params, jnp.array([[5, 6]]), fj.load(folder, dtype="float32", quiet=True).cfg)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 

@@ -31,7 +31,7 @@ SPEC = TinySpec(
     num_heads=8,
     num_kv_heads=2,
     head_dim=64,
-    vocab_size=4096,
+    vocab_size=32768,
     lm_head="tied",
 )
 NOISE = 32 * 2**20  # compiled updates, blocks that malloc keeps, Python's own growth
@@ -49,7 +49,7 @@ def status(key):
 fj.load("demo", quiet=True)  # imports, compiler and thread pools are not the model's memory
 gc.collect()
 resident, anonymous = status("VmRSS"), status("RssAnon")
-model = fj.load(sys.argv[1], dtype="bfloat16", weight_cache=sys.argv[2] == "cache", quiet=True)
+model = fj.load(sys.argv[1], dtype="bfloat16", lm_head_bits=8, weight_cache=sys.argv[2] == "cache", quiet=True)
 for leaf in jax.tree.leaves(model.params):
     np.asarray(leaf).view(np.uint8).max()  # every page
 print(json.dumps({

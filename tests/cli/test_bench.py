@@ -10,7 +10,7 @@ import pytest
 
 import ferrum_kernels
 from ferrum_jax.cli import main
-from ferrum_jax.cli.bench import fresh_compiles
+from ferrum_jax.cli.bench import fresh_compiles, text_of
 from tests.conftest import ROOT
 
 TOML = """
@@ -42,7 +42,7 @@ def sizes(tmp_path) -> str:
 
 
 def test_random_weights(sizes, capsys):
-    assert main(["bench", "--synthetic", sizes, "--layers", "1", *RUN, "--json"]) == 0
+    assert main(["bench", "--synthetic", sizes, "--layers", "1", *RUN, "--json", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert not err and report["model"] == sizes and report["synthetic"] and report["load_seconds"] is None
@@ -78,6 +78,17 @@ def test_a_checkpoint_and_text_for_people(tiny, capsys):
         "decode ",
     ):
         assert f"\n{start}" in out
+
+
+def test_a_rounded_projection(sizes, capsys):
+    reports = []
+    for bits in ([], ["--lm-head-bits", "8"]):
+        assert main(["bench", "--synthetic", sizes, "--layers", "1", *RUN, "--json", "--dtype", "float32", *bits]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [report["lm_head_bits"] for report in reports] == [None, 8]
+    saved = 32 * 64 * 3 - 64 * 2  # bytes of float32 [D, V] less those of 8 bits and a float16 scale per output
+    assert reports[0]["parameter_bytes"] - reports[1]["parameter_bytes"] == saved
+    assert text_of(reports[1]).splitlines()[0].endswith(" · lm_head in 8 bits")
 
 
 def test_compiled_programs_are_not_taken_from_the_cache(monkeypatch):

@@ -67,6 +67,7 @@ def test_the_module_runs_as_a_command():
         (["run", "demo", "hi", "--temprature", "1"], "--temperature"),
         (["run", "demo", "hi", "--max-tokens", "many"], "invalid literal for int|--max-tokens"),
         (["run", "demo", "hi", "--dtype", "int4"], "--dtype"),
+        (["run", "demo", "hi", "--lm-head-bits", "5"], "--lm-head-bits"),
         (["perplexity", "demo", "x.txt", "--context", "1"], "error: --context is 1 .* a window needs 2 tokens"),
         (["bench"], "error: give either a MODEL or --synthetic"),
         (["bench", "demo", "--synthetic", "x.toml"], "error: give either a MODEL or --synthetic"),

@@ -29,13 +29,25 @@ def test_the_reference(model, tmp_path, capsys):
     nll = -logp[np.arange(18), ids[1:]].mean()
     file = tmp_path / "text"
     file.write_text(model.tokenizer.decode(ids))
-    assert main(["perplexity", "demo", str(file), "--context", "19", "--batch", "1", "--json"]) == 0
+    assert (
+        main(["perplexity", "demo", str(file), "--context", "19", "--batch", "1", "--json", "--dtype", "float32"]) == 0
+    )
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert not err and abs(report["nll"] - nll) < 1e-5
     assert math.isclose(report["perplexity"], math.exp(report["nll"]))
     assert (report["tokens"], report["windows"], report["context"], report["dtype"]) == (18, 1, 19, "float32")
     assert report["seconds"] > 0 and report["compile_seconds"] > 0 and report["model"] == "demo"
+
+
+def test_a_rounded_projection(tmp_path, capsys):
+    file, reports = tmp_path / "text", []
+    file.write_text("Once upon a time there was a king who had three daughters")
+    for bits in ([], ["--lm-head-bits", "8"]):
+        assert main(["perplexity", "demo", str(file), "--context", "12", "--batch", "1", "--json", *bits]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [report["lm_head_bits"] for report in reports] == [None, 8]
+    assert 0 < abs(reports[0]["nll"] - reports[1]["nll"]) < 0.01
 
 
 def test_windows_batches_and_tail(model):

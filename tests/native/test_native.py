@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ NATIVE = Path(__file__).parents[2] / "kernels" / "ferrum_kernels" / "native"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 X86 = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mamx-tile", "-mamx-int8"]}
-ARM = {"neon": ["-march=armv8.2-a+dotprod+fp16"]}
+NEON = "-march=armv8.2-a+dotprod+fp16"
+ARM = {"neon": [NEON], "i8mm": [f"{NEON}+i8mm"]}
 
 
 def build(folder: Path, compiler: str, flags: list[str], isas: dict[str, list[str]]) -> Path:
@@ -50,11 +52,30 @@ def test_no_sanitizer_finds_anything(sanitizer: str, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.endswith(": 0 failures\n"), done.stdout + done.stderr
 
 
-@pytest.mark.slow
-def test_neon_gives_the_same_bits_under_an_emulator(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def on_arm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs the harness, built once, on an emulated processor."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    program = build(tmp_path, compiler, ["-static"], ARM)
-    done = subprocess.run([emulator, "-cpu", "max", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "portable,neon: 0 failures\n"), done.stdout + done.stderr
+    program = build(tmp_path_factory.mktemp("arm"), compiler, ["-static"], ARM)
+
+    def run(processor: str) -> subprocess.CompletedProcess[str]:
+        known = subprocess.run([emulator, "-cpu", "help"], capture_output=True, text=True).stdout.split()
+        if processor not in known:
+            pytest.skip(f"this qemu-aarch64 has no {processor}")
+        return subprocess.run([emulator, "-cpu", processor, program], capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processor", "usable"),
+    [("max", "portable,neon,i8mm"), ("neoverse-n1", "portable,neon"), ("cortex-a72", "portable")],
+)
+def test_arm_gives_the_same_bits_under_an_emulator(
+    on_arm: Callable[[str], subprocess.CompletedProcess[str]], processor: str, usable: str
+) -> None:
+    done = on_arm(processor)
+    assert (done.returncode, done.stdout) == (0, f"{usable}: 0 failures\n"), done.stdout + done.stderr

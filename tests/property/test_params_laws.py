@@ -44,6 +44,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         hidden_size=draw(st.sampled_from([32, 40])),
         quant=draw(st.sampled_from([None, quant])),
         tie_word_embeddings=draw(st.booleans()),
+        lm_head_bits=draw(st.sampled_from([None, 4, 8])),
         attention_bias=draw(st.booleans()),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
     )

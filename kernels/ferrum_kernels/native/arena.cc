@@ -25,11 +25,16 @@ std::vector<Free>& free_pieces() {
 
 }  // namespace
 
-Arena::Arena() : used_(0) {
+Arena::Arena(int64_t bytes) : used_(0) {
   std::lock_guard<std::mutex> guard(lock);
-  if (free_pieces().empty()) return;
-  pieces_.push_back({free_pieces().back().memory, free_pieces().back().size});
-  free_pieces().pop_back();
+  auto& free = free_pieces();
+  if (free.empty()) return;
+  auto best = std::min_element(free.begin(), free.end(), [bytes](const Free& a, const Free& b) {
+    bool a_does = a.size >= bytes, b_does = b.size >= bytes;
+    return a_does && b_does ? a.size < b.size : a_does != b_does ? a_does : a.size > b.size;
+  });
+  pieces_.push_back({best->memory, best->size});
+  free.erase(best);
 }
 
 Arena::~Arena() {

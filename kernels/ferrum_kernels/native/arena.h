@@ -8,7 +8,9 @@ namespace ferrum {
 
 class Arena {
  public:
-  Arena();
+  Arena() : Arena(INT64_MAX) {}
+  // For about this many bytes: of the memory kept, the smallest piece that will do.
+  explicit Arena(int64_t bytes);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;

@@ -17,15 +17,12 @@ struct Heads {
   float eps;
 
   // One head of one token: normalised when there is a weight, then its halves rotated by the token's angles.
-  void prepare(const void* x, Float type, const float* norm, const float* cosine, const float* sine, float* y) const {
+  void prepare(const void* x, Float type, const float* norm, const float* cosine, const float* sine, float scale,
+               float* y) const {
     float wide[kHeadMost];
     isa.to_float(x, type, head, wide);
     if (norm) isa.rms_norm(wide, norm, head, eps, wide);
-    int64_t half = head / 2;
-    for (int64_t i = 0; i < half; i++) {
-      y[i] = wide[i] * cosine[i] - wide[i + half] * sine[i];
-      y[i + half] = wide[i + half] * cosine[i] + wide[i] * sine[i];
-    }
+    isa.rotate(wide, head / 2, cosine, sine, scale, y);
   }
 };
 
@@ -75,18 +72,23 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
       const float* c = cosine.typed_data() + unit * head / 2;
       const float* s = sine.typed_data() + unit * head / 2;
       float scale = 1.f / std::sqrt(static_cast<float>(head));
-      for (int64_t h = 0; h < heads; h++) {
-        float line[kHeadMost];
-        prepare.prepare(at(q.untyped_data(), type, (unit * heads + h) * head), type, norm_q, c, s, line);
+      // Some heads at a time, so that they can be written side by side.
+      constexpr int64_t kSome = 16;
+      float lines[kSome][kHeadMost];
+      for (int64_t h = 0, some; h < heads; h += some) {
+        some = std::min(kSome, share - h % share);
+        for (int64_t j = 0; j < some; j++)
+          prepare.prepare(at(q.untyped_data(), type, (unit * heads + h + j) * head), type, norm_q, c, s, scale, lines[j]);
         float* to = queries + ((b * kv_heads + h / share) * tiles + t / per_tile) * tile_size +
                     t % per_tile * share + h % share;
-        for (int64_t i = 0; i < head; i++) to[i * ldq] = line[i] * scale;
+        for (int64_t i = 0; i < head; i++)
+          for (int64_t j = 0; j < some; j++) to[i * ldq + j] = lines[j][i];
       }
       if (position < 0 || position >= slots) return;
       for (int64_t h = 0; h < kv_heads; h++) {
         float line[kHeadMost];
         int64_t place = (b * slots + position) * row + h * head, from = (unit * kv_heads + h) * head;
-        prepare.prepare(at(k.untyped_data(), type, from), type, norm_k, c, s, line);
+        prepare.prepare(at(k.untyped_data(), type, from), type, norm_k, c, s, 1.f, line);
         isa.from_float(line, head, cached, at(keys, cached, place));
         isa.to_float(at(v.untyped_data(), type, from), type, head, line);
         isa.from_float(line, head, cached, at(values, cached, place));
@@ -122,7 +124,9 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
         int64_t t = t0 + r / share;
         float* line = sums + r * wide;
         // Padding sees nothing and gets zero.
-        for (int64_t i = 0; i < head; i++) line[i] = t < real(b) ? line[i] / total[r] : 0.f;
+        const bool sees = t < real(b);
+        const float sum = sees ? total[r] : 1.f;
+        for (int64_t i = 0; i < head; i++) line[i] = sees ? line[i] / sum : 0.f;
         isa.from_float(line, head, type,
                        at(out->untyped_data(), type, ((b * tokens + t) * heads + h * share + r % share) * head));
       }

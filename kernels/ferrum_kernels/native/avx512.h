@@ -47,6 +47,13 @@ void store_bf16(uint16_t* x, V v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(high));
 }
 
+template <bool even_first>
+void store_codes(const int32_t* whole, int8_t* to) {
+  __m128i codes = _mm512_cvtepi32_epi8(loadi(whole));
+  if (even_first) codes = _mm_shuffle_epi8(codes, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+}
+
 // Four activations, the same in every lane of 32 bits.
 I four(const int8_t* x) {
   int32_t word;
@@ -66,7 +73,9 @@ void vnni_pass(const uint32_t* w, int64_t ld, int64_t columns, const int8_t* con
     for (int i = 0; i < steps; i++) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; v++) {
-        I word = loadi(w + i * ld + c + v * kWide);
+        const uint32_t* from = w + i * ld + c + v * kWide;
+        __builtin_prefetch(from + steps * ld, 0, 2);  // the same columns in the next pass
+        I word = loadi(from);
         if constexpr (bits == 4) {
           I even = and_(word, mask), odd = and_(_mm512_srli_epi16(word, 4), mask);
 #pragma GCC unroll 8

@@ -14,6 +14,9 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
 
 namespace ferrum {
 
@@ -29,6 +32,9 @@ extern const Isa isa_amx;
 #endif
 #ifdef FERRUM_HAVE_NEON
 extern const Isa isa_neon;
+#endif
+#ifdef FERRUM_HAVE_I8MM
+extern const Isa isa_i8mm;
 #endif
 
 namespace {
@@ -66,6 +72,19 @@ bool has_dot_products() {
 }
 #endif
 
+#ifdef FERRUM_HAVE_I8MM
+bool has_int8_matrices() {
+#ifdef __linux__
+  constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which headers older than Linux 5.6 lack
+  return has_dot_products() && getauxval(AT_HWCAP2) & kI8mm;
+#else
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &value, &size, nullptr, 0) == 0 && value;
+#endif
+}
+#endif
+
 struct Choice {
   const Isa* isa;
   bool usable;
@@ -86,6 +105,9 @@ const Choice* choices(int* count) {
 #endif
 #ifdef FERRUM_HAVE_NEON
       {&isa_neon, has_dot_products()},
+#endif
+#ifdef FERRUM_HAVE_I8MM
+      {&isa_i8mm, has_int8_matrices()},
 #endif
   };
   *count = static_cast<int>(sizeof(all) / sizeof(all[0]));

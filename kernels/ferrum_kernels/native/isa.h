@@ -18,13 +18,14 @@ struct Isa {
 
   // From how many rows a matrix product pays for wide tiles of columns instead of whole word rows.
   int64_t wide_rows;
+  int64_t wide_columns;  // of such a tile
 
   // y[m, c] = sum over chunks [chunk0, chunk1) of x[m] @ W[:, column0 + c], for c < columns.
   // rows <= kTileRows, columns <= kTileColumns, rows * columns <= kTileSize (both rounded up to 16).
   void (*tile)(const Packed& w, int64_t column0, int64_t columns, int64_t chunk0, int64_t chunk1, const Row* x,
                int64_t rows, float* y, int64_t ldy);
 
-  // The same for a plain matrix [k, n] of `type`.
+  // The same for a plain matrix [k, n] of `type`, whose columns need only fit kTileSize.
   void (*dense_tile)(const void* w, Float type, int64_t k, int64_t n, int64_t column0, int64_t columns, int64_t chunk0,
                      int64_t chunk1, const float* const* x, int64_t rows, float* y, int64_t ldy);
 
@@ -41,6 +42,8 @@ struct Isa {
   void (*axpy)(float a, const float* x, int64_t n, float* y);
   // 1 / sqrt(mean(x^2) + eps) applied to x and multiplied by weight.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+  // Rotary embedding of one head of two halves: (a cos - b sin, b cos + a sin) * scale. y may not be x.
+  void (*rotate)(const float* x, int64_t half, const float* cosine, const float* sine, float scale, float* y);
 
   // One block of keys for queries that share them, the inner loop of streaming softmax (see attention.cc).
   // q: queries transposed, [head, ldq], ldq = rows rounded up to 32 with zeros. keys, values: [count, head] of `type`,

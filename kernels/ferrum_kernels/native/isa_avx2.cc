@@ -54,6 +54,16 @@ void store_bf16(uint16_t* x, V v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
 }
 
+template <bool even_first>
+void store_codes(const int32_t* whole, int8_t* to) {
+  // Each half of a register packs on its own: integers 0 to 3, 8 to 11 | 4 to 7, 12 to 15, each four once.
+  __m256i packed = _mm256_packs_epi32(loadi(whole), loadi(whole + 8));
+  packed = _mm256_packs_epi16(packed, packed);
+  __m128i codes = _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
+  if (even_first) codes = _mm_shuffle_epi8(codes, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+}
+
 // Four activations, the same in every lane of 32 bits.
 I four(const int8_t* x) {
   int32_t word;

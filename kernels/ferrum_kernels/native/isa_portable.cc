@@ -110,6 +110,11 @@ void store_bf16(uint16_t* x, V v) {
   }
 }
 
+template <bool even_first>
+void store_codes(const int32_t* whole, int8_t* to) {
+  for (int64_t i = 0; i < 16; i++) to[even_first ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i] = static_cast<int8_t>(whole[i]);
+}
+
 // acc[m, c] = sum over word rows i and codes j of code(w[i, c], j) * x[m][...]; x in the order that `quantize` gives.
 template <int bits>
 struct Int8 {

@@ -3,6 +3,7 @@
 //   V            kWide floats                load store set zero fma add sub mul divide max min
 //   I            kWide 32-bit integers       loadi storei seti addi and_ srl<n> sll<n> to_float to_int as_float
 //   load_half    kWide float16 -> V          load_bf16, store_half, store_bf16
+//   store_codes<even_first>  16 integers as bytes, in order or the even ones of each eight first
 //   struct Int8  dot<bits, rows>: the int8 products of some word rows, see isa_portable.cc
 //
 // Everything lies in an unnamed namespace, and no function of the standard library with a body in a header is called:
@@ -117,14 +118,15 @@ void from_float(const float* x, int64_t n, Float type, void* y) {
 
 // Codes go where `dot` reads them: with 4-bit weights the even inputs of a word first, then the odd ones.
 void quantize(const float* x, const Blocks& blocks, int bits, int8_t* codes, float* scales, int32_t* sums) {
-  constexpr int kEvenFirst[8] = {0, 4, 1, 5, 2, 6, 3, 7};
   for (int64_t b = 0; b < blocks.count; b++) {
-    int64_t begin = blocks.begin(b), n = blocks.end(b) - begin;
-    alignas(64) float values[Blocks::kMost];
-    alignas(64) int32_t whole[Blocks::kMost];
-    int64_t wide = (n + 15) / 16 * 16;
-    copy_bytes(values, x + begin, n * 4);
-    for (int64_t i = n; i < wide; i++) values[i] = 0.f;
+    int64_t begin = blocks.begin(b), n = blocks.end(b) - begin, wide = (n + 15) / 16 * 16;
+    alignas(64) float copy[Blocks::kMost];
+    const float* values = x + begin;
+    if (n < wide) {
+      copy_bytes(copy, values, n * 4);
+      for (int64_t i = n; i < wide; i++) copy[i] = 0.f;
+      values = copy;
+    }
     V most = zero(), odd = zero();
     for (int64_t i = 0; i < wide; i += kWide) {
       V v = load(values + i);
@@ -134,11 +136,19 @@ void quantize(const float* x, const Blocks& blocks, int bits, int8_t* codes, flo
     float biggest = max_of(most), not_finite = sum_of(odd);
     float inverse = biggest > 1e-30f ? 127.f / biggest : 0.f;  // 127 / a subnormal would be infinite
     I sum = seti(0);
-    for (int64_t i = 0; i < wide; i += kWide) {
-      I code = to_int(mul(load(values + i), set(inverse)));
-      if (not_finite != 0.f) code = seti(0);
-      storei(whole + i, code);
-      sum = addi(sum, code);
+    for (int64_t i = 0; i < wide; i += 16) {
+      alignas(64) int32_t whole[16];
+      alignas(64) int8_t narrow[16];
+      for (int64_t j = 0; j < 16; j += kWide) {
+        I code = not_finite == 0.f ? to_int(mul(load(values + i + j), set(inverse))) : seti(0);
+        storei(whole + j, code);
+        sum = addi(sum, code);
+      }
+      // Codes fill whole words; what lies past the last one may be another row's.
+      int64_t per_word = 32 / bits, left = (n + per_word - 1) / per_word * per_word - i;
+      int8_t* to = left < 16 ? narrow : codes + begin + i;
+      bits == 4 ? store_codes<true>(whole, to) : store_codes<false>(whole, to);
+      if (left < 16) copy_bytes(codes + begin + i, narrow, left);
     }
     alignas(64) int32_t lanes[kWide];
     storei(lanes, sum);
@@ -146,11 +156,6 @@ void quantize(const float* x, const Blocks& blocks, int bits, int8_t* codes, flo
     for (int64_t i = 0; i < kWide; i++) total += lanes[i];
     sums[b] = total;
     scales[b] = biggest / 127.f + not_finite;
-    int8_t* to = codes + begin;
-    int64_t per_word = 32 / bits, end = (n + per_word - 1) / per_word * per_word;
-    for (int64_t i = 0; i < end; i += per_word)
-      for (int64_t j = 0; j < per_word; j++)
-        to[i + (bits == 4 ? kEvenFirst[j] : j)] = static_cast<int8_t>(i + j < n ? whole[i + j] : 0);
   }
 }
 
@@ -185,6 +190,21 @@ void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* 
   for (; i < n; i++) y[i] = x[i] * factor * weight[i];
 }
 
+// The halves of one head rotated by the angles of its token, then multiplied by `scale`.
+void rotate(const float* x, int64_t half, const float* cosine, const float* sine, float scale, float* y) {
+  int64_t i = 0;
+  for (; i + kWide <= half; i += kWide) {
+    V a = load(x + i), b = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+    store(y + i, mul(sub(mul(a, c), mul(b, s)), set(scale)));
+    store(y + half + i, mul(add(mul(b, c), mul(a, s)), set(scale)));
+  }
+  for (; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    y[i] = (a * cosine[i] - b * sine[i]) * scale;
+    y[half + i] = (b * cosine[i] + a * sine[i]) * scale;
+  }
+}
+
 bool softmax(float* x, int64_t n) {
   constexpr float kInfinity = __builtin_inff();
   float best = -kInfinity;
@@ -213,8 +233,9 @@ bool softmax(float* x, int64_t n) {
 // ---- products
 
 // acc[m, c] += sum over inputs i < k of x[m][i] * w[i, c], for `rows` values of m and columns in pairs of vectors.
-// kSteps inputs are taken per pass over the columns, so that memory is walked in whole rows.
-template <Float type, int rows, int steps>
+// Some inputs are taken per pass over the columns, so that memory is walked in whole rows; with `streamed` the columns of
+// the next pass are asked for early.
+template <Float type, int rows, int steps, bool streamed>
 void dense_pass(const void* w, int64_t ld, int64_t columns, const float* const* x, float* acc, int64_t ld_acc) {
   constexpr int64_t size = type == Float::f32 ? 4 : 2;
   for (int64_t c = 0; c < columns; c += kPair) {
@@ -223,6 +244,9 @@ void dense_pass(const void* w, int64_t ld, int64_t columns, const float* const* 
 #pragma GCC unroll 8
     for (int i = 0; i < steps; i++) {
       const void* row = static_cast<const char*>(w) + (i * ld + c) * size;
+      if (streamed)
+        for (int64_t byte = 0; byte < kPair * size; byte += 64)
+          __builtin_prefetch(static_cast<const char*>(row) + steps * ld * size + byte, 0, 2);
       V p = load_as<type>(row, 0), q = load_as<type>(row, kWide);
 #pragma GCC unroll 4
       for (int m = 0; m < rows; m++) {
@@ -234,7 +258,7 @@ void dense_pass(const void* w, int64_t ld, int64_t columns, const float* const* 
   }
 }
 
-template <Float type, int rows>
+template <Float type, int rows, bool streamed>
 void dense_rows(const void* w, int64_t ld, int64_t k, int64_t columns, const float* const* x, float* acc,
                 int64_t ld_acc) {
   constexpr int64_t size = type == Float::f32 ? 4 : 2;
@@ -242,19 +266,19 @@ void dense_rows(const void* w, int64_t ld, int64_t k, int64_t columns, const flo
   int64_t i = 0;
   for (; i + 4 <= k; i += 4) {
     for (int m = 0; m < rows; m++) at[m] = x[m] + i;
-    dense_pass<type, rows, 4>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
+    dense_pass<type, rows, 4, streamed>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
   }
   for (; i < k; i++) {
     for (int m = 0; m < rows; m++) at[m] = x[m] + i;
-    dense_pass<type, rows, 1>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
+    dense_pass<type, rows, 1, streamed>(static_cast<const char*>(w) + i * ld * size, ld, columns, at, acc, ld_acc);
   }
 }
 
-template <Float type>
+template <Float type, bool streamed = false>
 void dense_any(const void* w, int64_t ld, int64_t k, int64_t columns, const float* const* x, int64_t rows, float* acc,
                int64_t ld_acc) {
   in_rows<4>(rows, [&](auto count, int64_t m) {
-    dense_rows<type, decltype(count)::value>(w, ld, k, columns, x + m, acc + m * ld_acc, ld_acc);
+    dense_rows<type, decltype(count)::value, streamed>(w, ld, k, columns, x + m, acc + m * ld_acc, ld_acc);
   });
 }
 
@@ -290,7 +314,7 @@ void dense_tile_as(const void* w, int64_t k, int64_t n, int64_t column0, int64_t
     for (int64_t m = 0; m < rows; m++) at[m] = x[m] + begin;
     const char* from = static_cast<const char*>(w) + (begin * n + column0) * size;
     clear(sums, rows, ld);
-    if (whole) dense_any<type>(from, n, count, whole, at, rows, sums, ld);
+    if (whole) dense_any<type, true>(from, n, count, whole, at, rows, sums, ld);
     if (rest) {  // columns short of a pair of vectors: from a copy, so that nothing past the matrix is read
       __builtin_memset(last, 0, static_cast<size_t>(count * kPair * size));
       for (int64_t i = 0; i < count; i++) copy_bytes(last + i * kPair * size, from + (i * n + whole) * size, rest * size);
@@ -533,8 +557,9 @@ void attend(const float* q, int64_t ldq, int64_t rows, int64_t head, const void*
   run(q, ldq, rows, head, keys, values, stride, count, low, high, best, total, out);
 }
 
-constexpr Isa make(const char* name, int64_t wide_rows) {
-  return {name, wide_rows, tile, dense_tile, quantize, to_float, from_float, silu_mul, axpy, rms_norm, attend, softmax};
+constexpr Isa make(const char* name, int64_t wide_rows, int64_t wide_columns = 128,
+                   decltype(Isa::tile) tile_of_this_isa = tile) {
+  return {name, wide_rows, wide_columns, tile_of_this_isa, dense_tile, quantize, to_float, from_float, silu_mul, axpy, rms_norm, rotate, attend, softmax};
 }
 
 #pragma GCC diagnostic pop

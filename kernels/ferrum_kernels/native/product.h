@@ -19,6 +19,9 @@ struct Product {
   int64_t row0;         // where its rows begin in the result
 };
 
+// y[row0 + m, :] = rows[m] @ W for a packed product, on the calling thread alone; y has rows of W's n.
+void multiply(const Isa& isa, const Product& product, float* y);
+
 // Products that share shapes, run together.
 class Products {
  public:
