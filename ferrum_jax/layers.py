@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kernels import PackedLinear, default_implementation, gptq_matmul
+from ferrum_jax.kernels import default_implementation, gptq_matmul, is_weight
 from ferrum_kernels import cpu
 from ferrum_kernels.contract import einsum
 
@@ -53,7 +53,7 @@ def linear(
 
     Args:
       x: [..., K].
-      weight: PackedLinear of shape (K, N), or an array [K, N]; a stack [L] of them when `layer` is given.
+      weight: a packed weight of shape (K, N), or an array [K, N]; a stack [L] of them when `layer` is given.
       cfg: its `implementation` chooses the kernel.
       bias: [N] or None.
       out_dtype: of the result; None means x.dtype. Sums are float32 in any case.
@@ -62,7 +62,7 @@ def linear(
     Returns:
       [..., N].
     """
-    if isinstance(weight, PackedLinear):
+    if is_weight(weight):
         wide = out_dtype if bias is None else jnp.float32
         y = gptq_matmul(x, weight, layer=layer, implementation=cfg.implementation, out_dtype=wide)
     else:

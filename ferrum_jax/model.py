@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from ferrum_jax.cache import KVCache, write
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import CapacityError, RequestError, ShapeError
-from ferrum_jax.kernels import MixedStack, PackedLinear, default_implementation
+from ferrum_jax.kernels import MixedStack, default_implementation, is_weight
 from ferrum_jax.layers import attention, linear, mlp, rms_norm, uses_cpu_kernels
 from ferrum_jax.moe import Routing, moe_layer
 from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
@@ -264,12 +264,15 @@ def _run_layers(
 def take_layer(run: Params, index: jax.Array) -> Params:
     """Layer `index` of a run of stacked layers: vectors cut out, matrices left whole for who takes a layer number."""
 
+    def whole(leaf: Any) -> bool:
+        return is_weight(leaf) or isinstance(leaf, MixedStack)
+
     def take(leaf: Any) -> Any:
-        if isinstance(leaf, PackedLinear | MixedStack) or leaf.ndim > 2:
+        if whole(leaf) or leaf.ndim > 2:
             return leaf
         return lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
 
-    return jax.tree.map(take, run, is_leaf=lambda leaf: isinstance(leaf, PackedLinear | MixedStack))
+    return jax.tree.map(take, run, is_leaf=whole)
 
 
 def _project(p: Params, x: jax.Array, at: Place, cfg: ModelConfig) -> tuple[jax.Array, ...]:

@@ -11,9 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
-from ferrum_jax.kernels import Dispatch, from_blocks, grouped_gptq_matmul, to_blocks
+from ferrum_jax.kernels import (
+    Dispatch,
+    TiledLinear,
+    default_implementation,
+    from_blocks,
+    grouped_gptq_matmul,
+    to_blocks,
+)
 from ferrum_jax.layers import linear, silu_mul, uses_cpu_kernels
-from ferrum_kernels import cpu
+from ferrum_kernels import cpu, triton
 from ferrum_kernels.blocks import dispatch as dispatch
 from ferrum_kernels.derivatives import differentiable
 from ferrum_kernels.ops import resolve
@@ -160,6 +167,8 @@ def moe_layer(
     tokens = x.reshape(-1, x.shape[-1])
     if block is None and tokens.shape[0] and _fits_cpu_kernels(params["experts"], cfg):
         y, routing = _on_cpu_kernels(params, tokens, cfg, layer, mask)
+    elif block is None and tokens.shape[0] and _fits_triton(params["experts"], cfg):
+        y, routing = _on_triton(params, tokens, cfg, layer, mask)
     else:
         y, routing = _step_by_step(params, tokens, cfg, layer, mask, block)
     routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, leaf.shape[-1]), routing)
@@ -196,6 +205,50 @@ def _fits_cpu_kernels(experts: dict[str, Any], cfg: ModelConfig) -> bool:
     if not uses_cpu_kernels(cfg) or "gate_up" not in experts:
         return False
     return not any(map(cpu.refuses, experts.values()))
+
+
+def _fits_triton(experts: dict[str, Any], cfg: ModelConfig) -> bool:
+    """Whether the GPU kernels run the layer as a whole: tiled alike, gate and up in one stack."""
+    if (default_implementation() if cfg.implementation is None else cfg.implementation) != triton.NAME:
+        return False
+    return "gate_up" in experts and all(isinstance(stack, TiledLinear) for stack in experts.values())
+
+
+def _on_triton(
+    params: dict[str, Any], x: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None, mask: jax.Array | None
+) -> tuple[jax.Array, Routing]:
+    """The same layer in four or five kernels after the router's product."""
+    triton.check(*params["experts"].values())
+    triton.check_dtype(x)
+    portable = dataclasses.replace(cfg, implementation="xla")
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    router = params["router"]
+    logits = linear(x.astype(jnp.float32), router, portable, layer=_router_layer(router, layer))
+    live_tokens = None if mask is None else mask.reshape(-1)
+
+    def routing_of(logits: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+        return triton.route(logits, mask, cfg.top_k, cfg.norm_topk_prob)
+
+    def routing_specified(logits: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+        routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
+        live = _live(routing.experts, mask, cfg)
+        return routing.experts, routing.weights, live, triton.count(live, cfg.num_experts)
+
+    def experts_of(activations: tuple, constants: tuple) -> jax.Array:
+        x, weights = activations
+        live, counts, experts, layer = constants
+        return triton.experts(x, live, weights, counts, experts["gate_up"], experts["down"], layer)
+
+    def experts_specified(activations: tuple, constants: tuple) -> jax.Array:
+        x, weights = activations
+        live, _, experts, layer = constants
+        plan = dispatch(live, cfg.num_experts)
+        return combine(run_experts(experts, x, plan, portable, layer), plan, weights).astype(x.dtype)
+
+    chosen, weights, live, counts = differentiable(routing_of, routing_specified)(logits, live_tokens)
+    constants = live, counts, params["experts"], index
+    y = differentiable(experts_of, experts_specified)((x, weights), constants)
+    return y, Routing(logits, chosen, weights)
 
 
 def _on_cpu_kernels(

@@ -12,7 +12,7 @@ from ferrum_jax import model as functions
 from ferrum_jax.cache import KVCache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.kernels import PackedLinear, is_packed
+from ferrum_jax.kernels import is_weight
 
 
 class Packed(nnx.Variable):
@@ -72,9 +72,9 @@ class CausalLM(nnx.Module):
 
 def _variables(tree: Any) -> Any:
     def wrap(node: Any) -> Any:
-        return jax.tree.map(Packed if isinstance(node, PackedLinear) else nnx.Param, node)
+        return jax.tree.map(Packed if is_weight(node) else nnx.Param, node)
 
-    wrapped = jax.tree.map(wrap, tree, is_leaf=is_packed)
+    wrapped = jax.tree.map(wrap, tree, is_leaf=is_weight)
     # flax 0.12 wants containers of variables marked as data; 0.10 has no such mark.
     return nnx.data(wrapped) if hasattr(nnx, "data") else wrapped
 

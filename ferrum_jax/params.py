@@ -12,7 +12,8 @@ P (token, expert) pairs, R rows of the block layout.
            "moe": {"router": [D, E], "experts": {"gate_up", "down"}}  or  "mlp": {"gate", "up", "down"}}
 
 Linear leaves are PackedLinear where quantised and arrays [K, N] where not; expert leaves have an expert axis and are
-MixedStack where the experts of a layer differ. Gate and up are one leaf where they are packed alike.
+MixedStack where the experts of a layer differ. Gate and up are one leaf where they are packed alike. Loaded for the GPU
+kernels, every PackedLinear is a TiledLinear.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import numpy as np
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
-from ferrum_jax.kernels import PackedLinear
+from ferrum_jax.kernels import PackedLinear, default_implementation
 from ferrum_jax.plan import Plan, make_plan
+from ferrum_kernels.tiles import tile_all
 
 
 def abstract(cfg: ModelConfig) -> dict[str, Any]:
@@ -119,7 +121,12 @@ def set_layer(params: dict[str, Any], index: int, new: dict[str, Any]) -> dict[s
     return {**params, "layers": tuple(runs)}
 
 
-def assemble(plan: Plan, top: Callable[[str], Any], layer_of: Callable[[int, int], Any]) -> dict[str, Any]:
+def assemble(
+    plan: Plan,
+    top: Callable[[str], Any],
+    layer_of: Callable[[int, int], Any],
+    layout: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
     """Build the parameters on the device, one leaf of one layer on the host at a time.
 
     Args:
@@ -127,16 +134,19 @@ def assemble(plan: Plan, top: Callable[[str], Any], layer_of: Callable[[int, int
       top: name -> host leaf, for "embed", "norm" and "lm_head".
       layer_of: (run, offset) -> one layer with the structure of the run's tree, but functions that read the host
         leaves (or subtrees) in their place.
+      layout: how a leaf (or subtree) is laid out on the device, a traceable function; `tile_all` for the GPU kernels.
 
     Returns:
       The parameters; each stack is allocated once and filled in place.
     """
-    params: dict[str, Any] = {name: jax.tree.map(jnp.asarray, top(name)) for name in plan.top}
+    layout = _as_it_is if layout is None else layout
+    lay_out = jax.jit(layout)
+    params: dict[str, Any] = {name: lay_out(jax.tree.map(jnp.asarray, top(name))) for name in plan.top}
     runs = []
     for i, run in enumerate(plan.runs):
-        stacks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), run.tree)
+        stacks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(layout, run.tree))
         for offset in range(len(run.sources)):
-            stacks = jax.tree.map(partial(_fill, offset), layer_of(i, offset), stacks)
+            stacks = jax.tree.map(partial(_fill, offset, lay_out), layer_of(i, offset), stacks)
         runs.append(stacks)
     params["layers"] = tuple(runs)
     return params
@@ -147,8 +157,8 @@ _put = jax.jit(
 )
 
 
-def _fill(offset: int, read: Callable[[], Any], stacks: Any) -> Any:
-    filled = jax.tree.map(lambda stack, value: _put(stack, value, np.int32(offset)), stacks, read())
+def _fill(offset: int, lay_out: Callable[[Any], Any], read: Callable[[], Any], stacks: Any) -> Any:
+    filled = jax.tree.map(lambda stack, value: _put(stack, value, np.int32(offset)), stacks, lay_out(read()))
     # Wait, so that the host copy of this leaf is gone before the next one is read.
     return jax.block_until_ready(filled)
 
@@ -161,7 +171,7 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
       seed: of the host generator.
 
     Returns:
-      Parameters with the structure of `abstract(cfg)`. Scales keep activations near one.
+      Parameters with the structure of `abstract(cfg)`, in tiles for the GPU kernels. Scales keep activations near one.
 
     >>> import ferrum_jax as fj
     >>> cfg = fj.load("demo").cfg
@@ -197,4 +207,14 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
         )
 
     tops = readers(plan.top, 0)
-    return assemble(plan, lambda name: tops[name](), lambda run, _: readers(plan.runs[run].tree, 1))
+    return assemble(plan, lambda name: tops[name](), lambda run, _: readers(plan.runs[run].tree, 1), layout_for(cfg))
+
+
+def layout_for(cfg: ModelConfig) -> Callable[[Any], Any]:
+    """How the kernels of a configuration want its weights: as they are, or in tiles."""
+    implementation = default_implementation() if cfg.implementation is None else cfg.implementation
+    return tile_all if implementation == "triton" else _as_it_is
+
+
+def _as_it_is(tree: Any) -> Any:
+    return tree

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax.errors import CheckpointError
-from ferrum_jax.kernels import MixedStack, PackedLinear
+from ferrum_jax.kernels import MixedStack, PackedLinear, TiledLinear
 
 # The dataclasses of a parameter tree, each with the fields that hold arrays; the other fields are static.
 _NODES = {
     PackedLinear: ("qweight", "scales", "qzeros", "perm", "bias"),
+    TiledLinear: ("words", "scales", "zeros", "perm", "bias"),
     MixedStack: ("parts",),
 }
 _KINDS = {kind.__name__: kind for kind in _NODES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from ferrum_jax.environment import (
 )
 from ferrum_jax.errors import BackendError, CheckpointError, ConfigError
 from ferrum_jax.kernels import default_implementation
-from ferrum_jax.params import assemble, num_bytes
+from ferrum_jax.params import assemble, layout_for, num_bytes
 from ferrum_jax.plan import Plan, make_plan
 from ferrum_jax.progress import Progress
 from ferrum_jax.tokenizer import Tokenizer
@@ -239,7 +240,7 @@ def _from_checkpoint(
     with Progress(f"loading {folder.name}", files.nbytes, quiet) as progress, files.reader() as reader:
         leaves = LeafReader(reader, files, dialect, progress)
         if not shares_memory():
-            return facts, _layer_by_layer(plan, leaves), None
+            return facts, _layer_by_layer(plan, leaves, layout_for(cfg)), None
         if entry is not None:
             try:
                 with writing(entry, plan.tree, facts) as target:
@@ -255,7 +256,7 @@ def _from_checkpoint(
         return facts, to_jax(plan.tree, target.arrays), None
 
 
-def _layer_by_layer(plan: Plan, leaves: LeafReader) -> dict[str, Any]:
+def _layer_by_layer(plan: Plan, leaves: LeafReader, layout: Callable[[Any], Any]) -> dict[str, Any]:
     """The parameters on a device with memory of its own, the host holds one leaf of one layer at a time."""
 
     def leaf(source: Any, leaf: Any, lead: int) -> Any:
@@ -272,6 +273,7 @@ def _layer_by_layer(plan: Plan, leaves: LeafReader) -> dict[str, Any]:
         plan,
         lambda name: leaf(plan.top_sources[name], plan.top[name], lead=0),
         lambda run, offset: readers(plan.runs[run].sources[offset], plan.runs[run].tree),
+        layout,
     )
 
 

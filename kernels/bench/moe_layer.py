@@ -1,7 +1,8 @@
 """Time one mixture-of-experts layer from hidden states to output: python kernels/bench/moe_layer.py --help.
 
 Random routing, random packed weights; several layers in rotation, so that no weight is read from a cache. Prints one
-line per number of tokens: median and spread, live experts, bytes of weights read and the rate that implies.
+line per number of tokens: median and spread, live experts, bytes of weights read and the rate that implies. On an
+NVIDIA GPU the times are the device's, beside those recorded of Marlin and the floor (gpu_table.py).
 """
 
 from __future__ import annotations
@@ -51,19 +52,40 @@ def measure(layers: list[Any], cfg: Any, tokens: int, repeats: int, seed: int) -
     }
 
 
+def on_a_gpu(cfg: Any, options: argparse.Namespace, device: dict[str, Any]) -> None:
+    """The table of gpu_table.py, as text or JSON."""
+    import gpu_table
+
+    counts = [int(count) for count in options.tokens.split(",")]
+    found = []
+    if not options.json:
+        print(device, options.routing, gpu_table.HEADER, sep="\n", flush=True)
+    for row in gpu_table.rows(cfg, options.config.stem, counts, options.layers, options.repeats, options.routing):
+        found.append(row)
+        if not options.json:
+            print(gpu_table.line(row), flush=True)
+    if options.json:
+        print(json.dumps({**device, "routing": options.routing, "rows": found}))
+
+
 def main() -> None:
     """Parse, measure, print."""
     root = Path(__file__).parents[2]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=root / "configs" / "qwen3-30b-a3b.toml")
-    parser.add_argument("--tokens", default="1,4,16,64,512")
-    parser.add_argument("--layers", type=int, default=3, help="layers in rotation")
+    parser.add_argument("--tokens", default=None, help="numbers of tokens, separated by commas")
+    parser.add_argument("--layers", type=int, default=None, help="layers in rotation")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--routing", default="uniform", choices=("uniform", "zipf", "one"), help="on a GPU")
     parser.add_argument("--implementation", default=None)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cfg = load_toml_config(options.config)
+    on_gpu = jax.default_backend() == "gpu" and options.implementation in (None, "triton")
+    options.layers = options.layers or (8 if on_gpu else 3)
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.tokens = options.tokens or ("1,4,8,16,64,256,1024,4096" if on_gpu else "1,4,16,64,512")
     # The embedding is not part of the layer: a small vocabulary keeps it out of memory.
     cfg = dataclasses.replace(
         cfg,
@@ -77,6 +99,10 @@ def main() -> None:
         dtype=options.dtype,
         implementation=options.implementation,
     )
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "config": options.config.name}
+    if on_gpu:
+        on_a_gpu(cfg, options, device)
+        return
     layers = random_params(cfg)["layers"][0]["moe"]
     rows = []
     for tokens in map(int, options.tokens.split(",")):
@@ -91,7 +117,6 @@ def main() -> None:
                 f"temp {row['temp_mib']:.0f} MiB  compile {row['compile_seconds']:.1f} s",
                 flush=True,
             )
-    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "config": options.config.name}
     print(json.dumps({**device, "rows": rows}) if options.json else device, file=sys.stdout)
 
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from ferrum_kernels.packed import is_packed as is_packed
     from ferrum_kernels.packed import slice_columns as slice_columns
     from ferrum_kernels.rounding import round_to_nearest as round_to_nearest
+    from ferrum_kernels.tiles import TiledLinear as TiledLinear
+    from ferrum_kernels.tiles import is_weight as is_weight
+    from ferrum_kernels.tiles import tile as tile
+    from ferrum_kernels.tiles import untile as untile
 
 _NAMES = {
     "blocks": ("Dispatch", "dispatch", "dispatch_sorted", "from_blocks", "max_blocks", "to_blocks"),
@@ -39,6 +43,7 @@ _NAMES = {
     "ops": ("default_implementation", "dequantize", "gptq_matmul", "grouped_gptq_matmul"),
     "packed": ("PackedLinear", "is_packed", "slice_columns"),
     "rounding": ("round_to_nearest",),
+    "tiles": ("TiledLinear", "is_weight", "tile", "untile"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

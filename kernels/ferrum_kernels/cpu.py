@@ -24,6 +24,7 @@ from ferrum_kernels.cpu_library import library, unavailable
 from ferrum_kernels.derivatives import differentiable
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.packed import PackedLinear
+from ferrum_kernels.tiles import TiledLinear
 
 NAMES = ("cpu", "cpu-exact", "cpu-int8")
 BITS = (4, 8)
@@ -37,6 +38,8 @@ def refuses(w: Any) -> str | None:
     >>> refuses(PackedLinear(None, None, bits=3, group_size=32, shape=(32, 8)))
     'the CPU kernels take 4 and 8 bits; this weight has 3'
     """
+    if isinstance(w, TiledLinear):
+        return "the CPU kernels take weights laid out as in their file; this one is in tiles, so untile it"
     if not isinstance(w, PackedLinear):
         return "the CPU kernels take packed weights; this one is a plain array"
     if w.bits not in BITS:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels import apple, cpu, reference, xla
+from ferrum_kernels import apple, cpu, reference, triton, xla
 from ferrum_kernels.blocks import Dispatch, dispatch_sorted, from_blocks, to_blocks
 from ferrum_kernels.contract import is_traced
 from ferrum_kernels.cpu_library import unavailable
@@ -23,12 +23,14 @@ from ferrum_kernels.derivatives import differentiable, refuse_weight_gradients
 from ferrum_kernels.errors import BackendError, ShapeError
 from ferrum_kernels.mixed import MixedStack
 from ferrum_kernels.packed import PackedLinear, check_packed
+from ferrum_kernels.tiles import TiledLinear, check_tiled, is_weight, untile
 
 Implementation = str | Sequence[str] | None
-ExpertStack = PackedLinear | MixedStack | jax.Array
+Weight = PackedLinear | TiledLinear
+ExpertStack = Weight | MixedStack | jax.Array
 
-IMPLEMENTATIONS = (*cpu.NAMES, "xla", "apple", "reference")
-_BEST = {"cpu": "cpu", "metal": "apple", "mps": "apple"}
+IMPLEMENTATIONS = (*cpu.NAMES, triton.NAME, "xla", "apple", "reference")
+_BEST = {"cpu": "cpu", "gpu": triton.NAME, "cuda": triton.NAME, "metal": "apple", "mps": "apple"}
 
 
 def default_implementation(platform: str | None = None) -> str:
@@ -38,8 +40,8 @@ def default_implementation(platform: str | None = None) -> str:
       platform: a JAX platform name; None means the default device's.
 
     Returns:
-      "cpu" where its kernels were built, else "xla"; "apple" on Apple's plugins. A weight that the CPU kernels do not
-      take (2 or 3 bits) goes to "xla" all the same.
+      "cpu" where its kernels were built, else "xla"; "triton" on NVIDIA GPUs; "apple" on Apple's plugins. A weight that
+      the CPU kernels do not take (2 or 3 bits) goes to "xla" all the same; one that the GPU kernels do not take raises.
 
     Raises:
       BackendError: no kernel of this package is made for the platform.
@@ -50,7 +52,8 @@ def default_implementation(platform: str | None = None) -> str:
     platform = jax.default_backend() if platform is None else platform
     if platform.lower() not in _BEST:
         raise BackendError(
-            f"this version has no GPTQ kernel for the platform {platform!r}; kernels exist for cpu, METAL and mps. "
+            f"this version has no GPTQ kernel for the platform {platform!r}; kernels exist for cpu, cuda, METAL and "
+            f"mps. "
             f'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU.'
         )
     best = _BEST[platform.lower()]
@@ -71,12 +74,15 @@ def resolve(implementation: str | None, *weights: Any) -> str:
       BackendError: the name is unknown or cannot run here, or None has no kernel for this device.
     """
     if implementation is None:
-        best = default_implementation()
-        return "xla" if best == "cpu" and any(cpu.refuses(w) for w in weights) else best
+        implementation = default_implementation()
+        if implementation == "cpu" and any(cpu.refuses(w) for w in weights):
+            return "xla"
     if implementation not in IMPLEMENTATIONS:
         raise BackendError(f"implementation={implementation!r} is unknown; accepted are None, {IMPLEMENTATIONS}.")
     if implementation in cpu.NAMES:
         cpu.check(implementation, *weights)
+    if implementation == triton.NAME:
+        triton.check(*weights)
     return implementation
 
 
@@ -94,11 +100,12 @@ def _first_that_applies(implementation: Implementation, weights: Sequence[Any], 
     raise ExceptionGroup("all implementations failed", errors)
 
 
-def dequantize(w: PackedLinear | jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def dequantize(w: Weight | jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """The weight that a packed linear stands for, in input order.
 
     Args:
-      w: PackedLinear with any leading axes; a plain array is only cast, so that `jax.tree.map(dequantize, ...)` works.
+      w: a packed weight with any leading axes; a plain array is only cast, so that `jax.tree.map(dequantize, ...)`
+        works.
       dtype: of the result; the arithmetic runs in float32.
 
     Returns:
@@ -112,10 +119,14 @@ def dequantize(w: PackedLinear | jax.Array, dtype: Any = jnp.float32) -> jax.Arr
     >>> dequantize(w)[0].tolist()
     [1.0, 1.0]
     """
-    if not isinstance(w, PackedLinear):
+    if not is_weight(w):
         return jnp.asarray(w, dtype)
-    check_packed(w)
+    _check_weight(w)
     return xla.dequantize(w, jnp.dtype(dtype))
+
+
+def _check_weight(w: Any) -> None:
+    check_tiled(w) if isinstance(w, TiledLinear) else check_packed(w)
 
 
 def _check_activations(x: jax.Array, k: int, what: str) -> None:
@@ -127,7 +138,7 @@ def _check_activations(x: jax.Array, k: int, what: str) -> None:
 
 def gptq_matmul(
     x: jax.Array,
-    w: PackedLinear,
+    w: Weight,
     *,
     layer: jax.Array | int | None = None,
     implementation: Implementation = None,
@@ -137,7 +148,7 @@ def gptq_matmul(
 
     Args:
       x: float32, bfloat16 or float16 [..., K]; leading axes are free.
-      w: a packed matrix of shape (K, N); a stack [L] of them when `layer` is given.
+      w: a packed matrix of shape (K, N), in tiles for the GPU kernels; a stack [L] of them when `layer` is given.
       layer: index into the stack, a Python int or a traced scalar; the stack is not sliced, so nothing is copied.
       implementation: None, a name of IMPLEMENTATIONS, or a sequence of names to try in order.
       out_dtype: of the result; None means x.dtype. Sums are float32 in any case.
@@ -156,9 +167,10 @@ def gptq_matmul(
     """
     if len(w.lead) != (0 if layer is None else 1):
         raise ShapeError(
-            f"this PackedLinear has leading axes {w.lead}; gptq_matmul takes one matrix, or a stack [L] with layer=."
+            f"this {type(w).__name__} has leading axes {w.lead}; gptq_matmul takes one matrix, or a stack [L] with "
+            f"layer=."
         )
-    check_packed(w)
+    _check_weight(w)
     _check_activations(x, w.k, "the weight")
     rows = x.reshape(-1, w.k)
     dtype = jnp.dtype(out_dtype or x.dtype)
@@ -166,7 +178,10 @@ def gptq_matmul(
     def run(name: str) -> jax.Array:
         if name in cpu.NAMES and rows.shape[0]:
             return _cpu_matmul(rows, w, layer, cpu.int8(name, x.dtype), dtype)
+        if name == triton.NAME and rows.shape[0]:
+            return _triton_matmul(rows, w, layer, dtype)
         one = _one(w, layer)
+        one = untile(one) if isinstance(one, TiledLinear) else one
         if name == "reference":
             return reference.gptq_matmul(rows, one)
         y = (apple if name == "apple" else xla).gptq_matmul(rows, one)
@@ -176,14 +191,25 @@ def gptq_matmul(
     return y.astype(dtype).reshape(*x.shape[:-1], w.n_per_expert)
 
 
-def _one(w: PackedLinear, layer: Any) -> PackedLinear:
+def _one(w: Any, layer: Any) -> Any:
     if layer is None:
         return w
     index = jnp.asarray(layer, jnp.int32)
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), w)
 
 
-def _cpu_matmul(x: jax.Array, w: PackedLinear, layer: Any, rounded: bool, dtype: Any) -> jax.Array:
+def _cpu_matmul(x: jax.Array, w: Any, layer: Any, rounded: bool, dtype: Any) -> jax.Array:
+    return _kernel_matmul(lambda x, w, i, out: cpu.gptq_matmul(x, w, i, rounded, out), x, w, layer, dtype)
+
+
+def _triton_matmul(x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:
+    triton.check_dtype(x)
+    return _kernel_matmul(triton.gptq_matmul, x, w, layer, dtype)
+
+
+def _kernel_matmul(kernel: Callable[..., jax.Array], x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:
+    """A kernel (x, weight, layer, out_dtype) that adds no bias, with the bias and a derivative."""
+
     def specification(x: jax.Array, constants: tuple) -> jax.Array:
         return xla.gptq_matmul(x, _one(*constants)).astype(out)
 
@@ -191,7 +217,7 @@ def _cpu_matmul(x: jax.Array, w: PackedLinear, layer: Any, rounded: bool, dtype:
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
     bias = w.bias if w.bias is None or index is None else w.bias[index]
     w = dataclasses.replace(w, bias=None)
-    y = differentiable(lambda x, c: cpu.gptq_matmul(x, c[0], c[1], rounded, out), specification)(x, (w, index))
+    y = differentiable(lambda x, c: kernel(x, c[0], c[1], out), specification)(x, (w, index))
     return y if bias is None else y + bias.astype(jnp.float32)[None]
 
 
@@ -237,8 +263,8 @@ def grouped_gptq_matmul(
         )
     num_experts = stack.num_experts if isinstance(stack, MixedStack) else lead[-1]
     for part in parts:
-        if isinstance(part, PackedLinear):
-            check_packed(part)
+        if is_weight(part):
+            _check_weight(part)
             if part.bias is not None:
                 raise ShapeError("this expert stack has a bias; grouped_gptq_matmul adds none. Take it off first.")
         if _lead_and_shape(part)[1] != (k, n):
@@ -262,7 +288,7 @@ def grouped_gptq_matmul(
         static = (name, plan.block, jnp.dtype(out_dtype or x.dtype), tables, n)
         return _grouped(static, rows, tuple(parts), plan, jnp.asarray(0 if layer is None else layer, jnp.int32))
 
-    packed = [part for part in parts if isinstance(part, PackedLinear)]
+    packed = [part for part in parts if is_weight(part)]
     y = _first_that_applies(implementation, packed, run)
     return y if isinstance(groups, Dispatch) else from_blocks(y, plan)
 
@@ -274,8 +300,8 @@ def _parts(stack: ExpertStack) -> tuple[tuple[Any, ...], tuple[tuple[int, ...], 
     return (stack,), None
 
 
-def _lead_and_shape(part: PackedLinear | jax.Array) -> tuple[tuple[int, ...], tuple[int, int]]:
-    if isinstance(part, PackedLinear):
+def _lead_and_shape(part: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
+    if is_weight(part):
         return part.lead, part.shape
     return tuple(part.shape[:-2]), (part.shape[-2], part.shape[-1])
 
@@ -302,24 +328,30 @@ def _run(static: tuple, x: jax.Array, parts: tuple, plan: Dispatch, layer: jax.A
     k = _lead_and_shape(parts[0])[1][0]
     if name == "reference":
         one_layer = [jax.tree.map(lambda leaf: leaf[layer], part) if _layered(part) else part for part in parts]
+        one_layer = [untile(part) if isinstance(part, TiledLinear) else part for part in one_layer]
         weights = reference.expert_weights(one_layer, tables, plan.num_experts)
         return reference.grouped_matmul(x, weights.mT if transpose else weights, plan).astype(dtype)
     y = jnp.zeros((x.shape[0], k if transpose else n), dtype)
     if not x.shape[0]:
         return y
+    if name == triton.NAME and not transpose:
+        triton.check_dtype(x)
     for i, part in enumerate(parts):
         table = np.append(np.arange(plan.num_experts), -1) if tables is None else np.asarray(tables[i])
         block_expert = jnp.asarray(table, jnp.int32)[plan.block_expert]
         place = layer if _layered(part) else None
         if name in cpu.NAMES and isinstance(part, PackedLinear) and not transpose:
             y = cpu.grouped_matmul(x, part, block_expert, block, place, y, cpu.int8(name, x.dtype))
+        elif name == triton.NAME and isinstance(part, TiledLinear) and not transpose:
+            rows = triton.grouped_matmul(x, part, block_expert, block, place, dtype)
+            y = rows if len(parts) == 1 else y + rows  # rows of other parts' experts are zero
         else:
             grouped = apple.grouped_matmul if name == "apple" else xla.grouped_matmul
             y = grouped(x, part, block_expert, block, place, y, transpose)
     return y
 
 
-def _layered(part: PackedLinear | jax.Array) -> bool:
+def _layered(part: Weight | jax.Array) -> bool:
     return len(_lead_and_shape(part)[0]) == 2
 
 

@@ -13,12 +13,14 @@ from jax import lax
 from ferrum_kernels.bits import unpack
 from ferrum_kernels.contract import compute_dtype, einsum
 from ferrum_kernels.packed import PackedLinear, zero_points
+from ferrum_kernels.tiles import TiledLinear, untile
 
-Stack = PackedLinear | jax.Array
+Stack = PackedLinear | TiledLinear | jax.Array
 
 
-def dequantize_rows(w: PackedLinear, dtype: jnp.dtype) -> jax.Array:
+def dequantize_rows(w: PackedLinear | TiledLinear, dtype: jnp.dtype) -> jax.Array:
     """[..., K, N] in packed row order (sorted by group), as `dtype`; the arithmetic runs in float32."""
+    w = untile(w) if isinstance(w, TiledLinear) else w
     k, n = w.shape
     rows = w.num_groups * w.group_size
     codes = unpack(w.qweight, w.bits, k, axis=-2).astype(jnp.int32)
@@ -31,7 +33,7 @@ def dequantize_rows(w: PackedLinear, dtype: jnp.dtype) -> jax.Array:
     return values.astype(dtype).reshape(*w.lead, rows, n)[..., :k, :]
 
 
-def dequantize(w: PackedLinear, dtype: jnp.dtype) -> jax.Array:
+def dequantize(w: PackedLinear | TiledLinear, dtype: jnp.dtype) -> jax.Array:
     """[..., K, N] in input order, as `dtype`."""
     values = dequantize_rows(w, dtype)
     if w.perm is None:
@@ -39,7 +41,7 @@ def dequantize(w: PackedLinear, dtype: jnp.dtype) -> jax.Array:
     return jnp.take_along_axis(values, jnp.argsort(w.perm, axis=-1)[..., None], axis=-2)
 
 
-def gptq_matmul(x: jax.Array, w: PackedLinear) -> jax.Array:
+def gptq_matmul(x: jax.Array, w: PackedLinear | TiledLinear) -> jax.Array:
     """x [M, K] @ W [K, N] as float32, without the bias."""
     if w.perm is not None:
         x = jnp.take(x, w.perm, axis=-1)
@@ -63,7 +65,7 @@ def expert_weight(
 ) -> tuple[jax.Array, jax.Array | None]:
     """(weight [K, N] as dtype, permutation of its input rows or None) of one expert."""
     one = expert(stack, layer, index)
-    if isinstance(one, PackedLinear):
+    if isinstance(one, PackedLinear | TiledLinear):
         return dequantize_rows(one, dtype), one.perm
     return one.astype(dtype), None
 
@@ -99,7 +101,7 @@ def grouped_matmul(
     Returns:
       y with those rows replaced.
     """
-    num_experts = stack.num_experts if isinstance(stack, PackedLinear) else stack.shape[-3]
+    num_experts = stack.num_experts if isinstance(stack, PackedLinear | TiledLinear) else stack.shape[-3]
     mine = block_expert[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None]
     count, start = mine.sum(0, dtype=jnp.int32), jnp.argmax(mine, axis=0).astype(jnp.int32)
     live = jnp.argsort(count == 0, stable=True).astype(jnp.int32)

@@ -15,7 +15,7 @@ X = normal(0, 5, 37)
 W, _ = make_linear(0)
 SIZES = jnp.array([2, 3])
 NO_KERNEL = (
-    r"this version has no GPTQ kernel for the platform 'cuda'; kernels exist for cpu, METAL and mps\. "
+    r"this version has no GPTQ kernel for the platform 'tpu'; kernels exist for cpu, cuda, METAL and mps\. "
     r'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU\.'
 )
 
@@ -35,7 +35,9 @@ def ran(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize(("platform", "name"), [("METAL", "apple"), ("mps", "apple")])
+@pytest.mark.parametrize(
+    ("platform", "name"), [("METAL", "apple"), ("mps", "apple"), ("cuda", "triton"), ("gpu", "triton")]
+)
 def test_each_platform_has_a_best_one(platform, name):
     assert default_implementation(platform) == name
 
@@ -49,8 +51,8 @@ def test_the_cpu_has_its_kernels_where_they_were_built(monkeypatch):
 
 def test_a_platform_without_a_kernel_is_told_what_to_do(monkeypatch):
     with pytest.raises(BackendError, match=NO_KERNEL):
-        default_implementation("cuda")
-    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")
+        default_implementation("tpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(BackendError, match=NO_KERNEL):
         gptq_matmul(X, W)
     with pytest.raises(BackendError, match=NO_KERNEL):
@@ -101,15 +103,23 @@ def test_a_sequence_runs_the_first_that_applies(ran, monkeypatch):
     assert ran == ["reference", "apple"]
 
 
-KNOWN = r"\('cpu', 'cpu-exact', 'cpu-int8', 'xla', 'apple', 'reference'\)\."
+KNOWN = r"\('cpu', 'cpu-exact', 'cpu-int8', 'triton', 'xla', 'apple', 'reference'\)\."
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    message = r"implementation='triton' is unknown; accepted are None, " + KNOWN
+    message = r"implementation='marlin' is unknown; accepted are None, " + KNOWN
+    with pytest.raises(BackendError, match=message):
+        gptq_matmul(X, W, implementation="marlin")
+    with pytest.raises(BackendError, match=message):
+        grouped_gptq_matmul(X, make_stack(0, 2)[0], SIZES, implementation="marlin")
+
+
+def test_the_gpu_kernels_say_what_they_need():
+    message = (
+        r"implementation=.triton. cannot run: it needs an NVIDIA GPU; the default device is 'cpu' of platform 'cpu'"
+    )
     with pytest.raises(BackendError, match=message):
         gptq_matmul(X, W, implementation="triton")
-    with pytest.raises(BackendError, match=message):
-        grouped_gptq_matmul(X, make_stack(0, 2)[0], SIZES, implementation="triton")
 
 
 def test_an_empty_sequence_is_refused():
@@ -120,9 +130,9 @@ def test_an_empty_sequence_is_refused():
 
 def test_a_sequence_that_fails_as_a_whole_says_why_for_each():
     with pytest.raises(ExceptionGroup, match="all implementations failed") as caught:
-        gptq_matmul(X, W, implementation=("triton", "hopper"))
+        gptq_matmul(X, W, implementation=("marlin", "hopper"))
     assert [type(error) for error in caught.value.exceptions] == [BackendError] * 2
-    assert ["'triton'" in str(caught.value.exceptions[0]), "'hopper'" in str(caught.value.exceptions[1])] == [True] * 2
+    assert ["'marlin'" in str(caught.value.exceptions[0]), "'hopper'" in str(caught.value.exceptions[1])] == [True] * 2
 
 
 def test_a_wrong_shape_is_not_blamed_on_the_implementation():

@@ -1,0 +1,132 @@
+"""One expert layer on an NVIDIA GPU, from router logits to output, beside Marlin's recorded times and the floor.
+
+A call runs several layers one after the other as one CUDA graph, each with its own weights and routing and the next on
+the last one's output; times are of many calls queued behind each other, divided by the layers. The floor is the time to
+read the live experts once, or to do the products, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_kernels import triton
+from ferrum_kernels.tiles import TiledLinear
+
+# vLLM 0.24's moe_wna16_marlin_gemm with moe_align_block_size, silu_and_mul and moe_sum, in a CUDA graph, without the
+# router; microseconds by tokens. The H200's were taken on 2026-11-22, the H100's on 2026-11-27.
+MARLIN = {
+    ("H200", "qwen3-30b-a3b"): {
+        **{1: 30.5, 2: 37.1, 4: 49.5, 8: 69.4, 16: 95.6, 32: 121.1, 64: 134.8, 128: 146.0, 256: 209.6, 512: 271.3},
+        **{1024: 485.5, 2048: 796.9, 4096: 1413.2},
+    },
+    ("H100", "qwen3-30b-a3b"): {
+        **{1: 29.6, 2: 39.0, 4: 51.2, 8: 74.7, 16: 102.2, 32: 130.7, 64: 146.2, 128: 157.6, 256: 214.5, 512: 269.5},
+        **{1024: 499.6, 2048: 810.8, 4096: 1441.4},
+    },
+    ("H200", "mixtral-8x7b"): {1: 83, 4: 160, 16: 251, 64: 372, 256: 905, 1024: 2756, 4096: 10343},
+    ("H100", "mixtral-8x7b"): {1: 89.4, 4: 212.0, 16: 289.3, 64: 383.4, 256: 925.4, 1024: 2931.0, 4096: 10409.3},
+}
+READ = {"H200": 4.65e12, "H100": 3.1e12}  # bytes a second of a plain read, measured
+PRODUCTS = 790e12  # bfloat16 operations a second of a large product, measured
+
+
+def device() -> str:
+    """ "H100", "H200", or the whole name of another device."""
+    kind = jax.devices()[0].device_kind
+    return next((name for name in READ if name in kind), kind)
+
+
+def random_stack(seed: int, lead: tuple[int, ...], k: int, n: int, group: int) -> TiledLinear:
+    """Random codes and scales made on the device; symmetric, 4 bits."""
+    a, b = jax.random.split(jax.random.key(seed))
+    words = jax.jit(lambda key: jax.random.bits(key, (*lead, k // 128, n, 32), jnp.uint16))(a)
+    scales = jax.jit(lambda key: jax.random.uniform(key, (*lead, k // group, n), minval=0.5, maxval=1.5))(b)
+    return TiledLinear(words, (scales / (4.8 * k**0.5)).astype(jnp.float16), group_size=group, shape=(k, n))
+
+
+def route_logits(rng: np.random.Generator, tokens: int, experts: int, routing: str) -> np.ndarray:
+    """float32 [T, E]: uniform, by Zipf's law, or all tokens to the same experts."""
+    logits = rng.standard_normal((tokens, experts))
+    if routing == "zipf":
+        logits = rng.gumbel(size=(tokens, experts)) - np.log(np.arange(1, experts + 1))
+    if routing == "one":
+        logits = logits - np.arange(experts) * 100
+    return logits.astype(np.float32)
+
+
+def rows(cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, routing: str) -> Iterator[dict[str, Any]]:
+    """One measurement per number of tokens."""
+    d, f, e, top_k = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts, cfg.top_k
+    stacks = random_stack(1, (layers, e), d, 2 * f, 128), random_stack(2, (layers, e), f, d, 128)
+    for count in tokens:
+        rng = np.random.default_rng(count)
+        logits = [jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)]
+        x = jnp.asarray(rng.standard_normal((count, d)), cfg.dtype)
+
+        def run(x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
+            for layer in range(layers):
+                _, weights, live, counts = triton.route(logits[layer], None, top_k, True)
+                x = triton.experts(x, live, weights, counts, stacks[0], stacks[1], layer)
+            return x
+
+        began = time.perf_counter()
+        step = jax.jit(run).lower(x, logits, stacks).compile()
+        compile_seconds = time.perf_counter() - began
+        jax.block_until_ready(step(x, logits, stacks))
+        took = []
+        for _ in range(repeats):
+            began, calls = time.perf_counter(), 5
+            for _ in range(calls):
+                y = step(x, logits, stacks)
+            jax.block_until_ready(y)
+            took.append((time.perf_counter() - began) / calls / layers * 1e6)
+        chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
+        live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
+        nbytes = sum(stack.nbytes for stack in stacks) / layers / e * live
+        flops = 6 * count * top_k * d * f
+        floor = 1e6 * max(nbytes / READ.get(device(), np.nan), flops / PRODUCTS)
+        marlin = MARLIN.get((device(), name), {}).get(count) if routing == "uniform" else None
+        median = statistics.median(took)
+        yield {
+            "tokens": count,
+            "microseconds": median,
+            "least_microseconds": min(took),
+            "live_experts": live,
+            "floor_microseconds": floor,
+            "of_floor": floor / median,
+            "marlin_microseconds": marlin,
+            "times_faster": marlin and marlin / median,
+            "terabytes_per_second": nbytes / median / 1e6,
+            "teraflops": flops / median / 1e6,
+            "compile_seconds": compile_seconds,
+            "cut": [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in _cut(count, cfg)],
+        }
+
+
+def _cut(tokens: int, cfg: Any) -> tuple[Any, ...]:
+    from ferrum_kernels.triton_tiles import expert_tiles
+
+    return expert_tiles(tokens * cfg.top_k, cfg.num_experts)
+
+
+HEADER = "tokens       us (least)    floor  of floor   Marlin  faster  experts   TB/s  TFLOP/s  compile"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A measurement as text."""
+    marlin = (
+        f"{row['marlin_microseconds']:8.1f} {row['times_faster']:6.2f}x" if row["marlin_microseconds"] else " " * 16
+    )
+    return (
+        f"{row['tokens']:6} {row['microseconds']:8.1f} ({row['least_microseconds']:.1f})".ljust(27)
+        + f"{row['floor_microseconds']:7.1f} {row['of_floor']:8.0%} {marlin} {row['live_experts']:8.1f} "
+        f"{row['terabytes_per_second']:6.2f} {row['teraflops']:8.0f} {row['compile_seconds']:7.1f} s"
+    )

@@ -1,0 +1,240 @@
+"""The Triton backend of Pallas: products and whole expert layers on NVIDIA GPUs from compute capability 8.0 on.
+
+Weights come as TiledLinear, which `tile` makes once at load. An expert layer is four or five kernels: routing
+(triton_route), places of pairs where several share experts, gate and up with silu(gate) * up, down with the routing
+weight, and the sum over each token's experts. Nothing is sorted, sliced or copied, and dead experts are not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ferrum_kernels import triton_route
+from ferrum_kernels.blocks import max_blocks
+from ferrum_kernels.errors import BackendError
+from ferrum_kernels.packed import PackedLinear
+from ferrum_kernels.tiles import TiledLinear, cannot_tile
+from ferrum_kernels.triton_matmul import Rows, product
+from ferrum_kernels.triton_route import count as count
+from ferrum_kernels.triton_tiles import expert_tiles, fit, row_tile
+
+NAME = "triton"
+MOST_ROWS = 64  # of a block of a Dispatch that one program takes
+_interpret = contextvars.ContextVar("interpret", default=False)
+
+
+@contextlib.contextmanager
+def interpreted(yes: bool = True) -> Iterator[None]:
+    """Run these kernels without a GPU, slowly, by Pallas's interpreter: for tests of what they compute."""
+    token = _interpret.set(yes)
+    try:
+        yield
+    finally:
+        _interpret.reset(token)
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, or None when they can."""
+    if _interpret.get():
+        return None
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or not capability.replace(".", "").isdigit():
+        return f"it needs an NVIDIA GPU; the default device is {device.device_kind!r} of platform {device.platform!r}"
+    if float(capability) < 8.0:
+        return f"it needs compute capability 8.0 or later; {device.device_kind} has {capability}"
+    if jax.__version_info__ < (0, 10, 2):
+        return f"it needs jax 0.10.2 or later; this is {jax.__version__}"
+    try:
+        from jax.experimental.pallas import triton  # noqa: F401
+    except ImportError:
+        return f"jax {jax.__version__} has no Triton backend of Pallas any more"
+    return None
+
+
+def refuses(w: Any) -> str | None:
+    """Why these kernels do not take a weight, or None when they do.
+
+    >>> refuses(PackedLinear(None, None, bits=3, group_size=32, shape=(32, 8)))
+    'tiles hold codes of 4 and 8 bits; this weight has 3. Use implementation="xla" for it'
+    """
+    if isinstance(w, TiledLinear):
+        return None
+    if not isinstance(w, PackedLinear):
+        return 'the Triton kernels take tiled weights; this one is a plain array. Use implementation="xla" for it'
+    if problem := cannot_tile(w):
+        return f'{problem}. Use implementation="xla" for it'
+    return (
+        "the Triton kernels take weights in tiles; this PackedLinear is laid out as in its file. Lay it out once with "
+        "ferrum_kernels.tile, as ferrum_jax.load does on a GPU"
+    )
+
+
+def check(*weights: Any) -> None:
+    """Raise BackendError where the kernels cannot run or do not take a weight."""
+    if problem := unavailable():
+        raise BackendError(f'implementation="{NAME}" cannot run: {problem}.')
+    for w in weights:
+        if problem := refuses(w):
+            raise BackendError(f"{problem}.")
+
+
+def check_dtype(x: jax.Array) -> None:
+    """Raise BackendError unless activations have a dtype that the matrix units multiply."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise BackendError(
+            f"the Triton kernels take bfloat16 and float16 activations; x is {x.dtype}. Cast it, load with "
+            f'dtype="bfloat16", or use implementation="xla".'
+        )
+
+
+def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax.Array:
+    """x [M, K] @ W [K, N] without the bias.
+
+    Args:
+      x: bfloat16 or float16 [M, K], M at least 1.
+      w: one matrix, or a stack [L] of them with `layer`.
+      layer: index into the stack, or None.
+      out_dtype: of the result.
+
+    Returns:
+      [M, N].
+    """
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    m = x.shape[0]
+    if w.perm is not None:
+        x = jnp.take(x, w.perm if index is None else w.perm[index], axis=-1)
+    block, tile = row_tile(m)
+    tile = fit(tile, w.words.shape[-2], w.num_blocks)
+    y = product(padded(x, w), w, index, Rows(block), -(-m // block), m, tile, out_dtype, interpret=_interpret.get())
+    return y[:, : w.n_per_expert]
+
+
+def grouped_matmul(
+    x: jax.Array, w: TiledLinear, block_expert: jax.Array, block: int, layer: Any, out_dtype: Any
+) -> jax.Array:
+    """Rows in the block layout of a Dispatch times their experts' weights.
+
+    Args:
+      x: bfloat16 or float16 [R, K].
+      w: [E, K, N], or [L, E, K, N] with `layer`.
+      block_expert: int32 [R // block]; outside [0, E) means nobody's.
+      block: rows per block.
+      layer: index into the stack, or None.
+      out_dtype: of the result.
+
+    Returns:
+      [R, N], zero in nobody's rows.
+    """
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    if w.perm is not None:
+        x = _permuted(x, w, index, jnp.repeat(block_expert, block))
+    part = max(p for p in range(1, min(block, MOST_ROWS) + 1) if block % p == 0)
+    _, tile = row_tile(part)
+    y = product(
+        padded(x, w),
+        w,
+        index,
+        Rows(part, block_expert, share=block // part),
+        x.shape[0] // part,
+        x.shape[0],
+        fit(tile, w.words.shape[-2], w.num_blocks),
+        out_dtype,
+        fill=True,
+        interpret=_interpret.get(),
+    )
+    return y[:, : w.n_per_expert]
+
+
+def route(
+    logits: jax.Array, mask: jax.Array | None, top_k: int, norm: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See triton_route.route."""
+    return triton_route.route(logits, mask, top_k, norm, _interpret.get())
+
+
+def experts(
+    x: jax.Array,
+    live: jax.Array,
+    weights: jax.Array,
+    counts: jax.Array | None,
+    gate_up: TiledLinear,
+    down: TiledLinear,
+    layer: Any,
+) -> jax.Array:
+    """The gated MLP of each token's experts, weighted and added up.
+
+    Args:
+      x: bfloat16 or float16 [T, D], T at least 1.
+      live: int32 [T, K]; an id outside [0, E) is skipped.
+      weights: float32 [T, K].
+      counts: of `route`, or None.
+      gate_up: [E, D, 2 F], gate columns first; [L, E, D, 2 F] with `layer`.
+      down: [E, F, D], or [L, E, F, D].
+      layer: index into the stacks, or None.
+
+    Returns:
+      [T, D] in x.dtype. silu(gate) * up is rounded to x.dtype; a pair's output is kept in float32 unless there are
+      MANY_PAIRS of them, then in x.dtype; sums are float32.
+    """
+    interpret = _interpret.get()
+    tokens, top_k = live.shape
+    pairs, features, num_experts = tokens * top_k, down.k, down.num_experts
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    flat = live.reshape(-1)
+    up_block, up_tile, down_block, down_tile = expert_tiles(pairs, num_experts)
+    fused = 2 * features == gate_up.words.shape[-2] and features % 16 == 0
+    up_tile = fit(up_tile, features if fused else gate_up.words.shape[-2], gate_up.num_blocks)
+    down_tile = fit(down_tile, down.words.shape[-2], down.num_blocks)
+    if up_block:
+        table = max(up_block, down_block)
+        blocks = max_blocks(pairs, num_experts, table)
+        counts = count(live, num_experts) if counts is None else counts
+        order, *tables = triton_route.place(live, counts, num_experts, table, blocks, interpret)
+        rows = Rows(table, experts=tables[0], starts=tables[1], counts=tables[2], order=order)
+    else:  # each pair is a block of its own
+        table = up_block = down_block = 1
+        blocks, rows = pairs, Rows(1, flat)
+
+    def run(x: jax.Array, w: TiledLinear, block: int, tile: Any, out: Any, **how: Any) -> jax.Array:
+        shared = {"gated": how.pop("gated", False), "weights": how.pop("weights", None), "interpret": interpret}
+        these = dataclasses.replace(rows, block=block, share=table // block, **how)
+        return product(x, w, index, these, blocks * (table // block), pairs, tile, out, **shared)
+
+    # A permutation is its expert's own, so permuted rows are one per pair.
+    by_pair = down.perm is not None
+    source, per_row = padded(x, gate_up), top_k
+    if gate_up.perm is not None:
+        source, per_row = _permuted(x[jnp.arange(pairs) // top_k], gate_up, index, flat), 1
+    dtype = x.dtype if fused else jnp.float32
+    h = run(source, gate_up, up_block, up_tile, dtype, gated=fused, pairs_per_row=per_row, by_pair=by_pair)
+    if not fused:
+        h = (jax.nn.silu(h[:, :features]) * h[:, features : 2 * features]).astype(x.dtype)
+    h = _permuted(h, down, index, flat) if by_pair else padded(h, down)
+    dtype = x.dtype if pairs >= MANY_PAIRS else jnp.float32
+    weight = weights.astype(jnp.float32).reshape(-1)
+    y = run(h, down, down_block, down_tile, dtype, weights=weight, pairs_per_row=int(by_pair), by_pair=True)
+    y = y[:, : down.n_per_expert].reshape(tokens, top_k, -1)
+    real = ((live >= 0) & (live < num_experts))[:, :, None]
+    return jnp.where(real, y.astype(jnp.float32), 0.0).sum(1).astype(x.dtype)
+
+
+MANY_PAIRS = 4096  # from here on a pair's output is written in 16 bits: writing it would take a tenth of the time
+
+
+def padded(x: jax.Array, w: TiledLinear) -> jax.Array:
+    """x with zeros up to the inputs that the weight's blocks cover."""
+    return x if x.shape[-1] == w.padded_k else jnp.pad(x, ((0, 0), (0, w.padded_k - x.shape[-1])))
+
+
+def _permuted(x: jax.Array, w: TiledLinear, layer: Any, expert: jax.Array) -> jax.Array:
+    """Each row's inputs in the packed order of its expert."""
+    perm = w.perm if layer is None else jax.lax.dynamic_index_in_dim(w.perm, layer, 0, keepdims=False)
+    return padded(jnp.take_along_axis(x, perm[jnp.clip(expert, 0, perm.shape[0] - 1)], axis=1), w)

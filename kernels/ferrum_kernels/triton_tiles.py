@@ -1,0 +1,70 @@
+"""Which tiles the Triton kernels use: tables measured on a device, as JSON in tuned/, and how a tile is made to fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ferrum_kernels.triton_matmul import Tile
+
+FOLDER = Path(__file__).parent / "tuned"
+# Devices whose programs may use less than 100 KiB of shared memory: fewer blocks in flight.
+LITTLE_SHARED_MEMORY = ("8.6", "8.7", "8.9", "12.0", "12.1")
+
+
+@functools.cache
+def table(device_kind: str) -> dict[str, Any]:
+    """The measured table for a kind of device, or that of its nearest relative: only a Hopper GPU was measured.
+
+    >>> sorted(table("NVIDIA H200"))
+    ['date', 'device', 'experts', 'note', 'rows', 'shapes']
+    """
+    names = {file.stem: file for file in FOLDER.glob("*.json")}
+    kind = device_kind.lower().replace(" ", "-")
+    best = max((name for name in names if kind.startswith(name)), key=len, default="nvidia-h100")
+    return json.loads(names[best].read_text(encoding="utf-8"))
+
+
+def _row(name: str, load: float) -> dict[str, Any]:
+    rows = table(jax.devices()[0].device_kind)[name]
+    return next(row for row in rows if row["load"] is None or load <= row["load"])
+
+
+def _tile(numbers: list[int]) -> tuple[int, Tile]:
+    block, n, warps, stages, step = numbers
+    if str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY:
+        stages, step = min(stages, 2), min(step, 2)
+    return block, Tile(n, warps, stages, merge=n >= 64 and warps >= 4, step=step)
+
+
+def expert_tiles(pairs: int, num_experts: int) -> tuple[int, Tile, int, Tile]:
+    """Rows of a block and tile of both products of an expert layer; blocks of 0 rows mean one block per pair.
+
+    >>> [expert_tiles(8 * tokens, 128)[0] for tokens in (1, 64, 4096)]
+    [0, 8, 64]
+    """
+    row = _row("experts", pairs / num_experts)
+    return (*_tile(row["up"]), *_tile(row["down"]))
+
+
+def row_tile(rows: int) -> tuple[int, Tile]:
+    """Rows of a block and tile of the product of some rows with one matrix."""
+    return _tile(_row("rows", rows)["tile"])
+
+
+def fit(tile: Tile, columns: int, blocks: int) -> Tile:
+    """A tile that divides the outputs and the blocks of a weight: halved, or with a smaller step, until it does.
+
+    >>> fit(Tile(64, 4, 3, merge=True, step=4), columns=96, blocks=6)
+    Tile(n=32, warps=4, stages=3, merge=False, step=3)
+    """
+    n = tile.n
+    while columns % n:
+        n //= 2
+    step = max(step for step in range(1, tile.step + 1) if blocks % step == 0)
+    return dataclasses.replace(tile, n=n, merge=tile.merge and n >= 64, step=step)

@@ -1,0 +1,34 @@
+"""The reference checkpoints on a GPU, in bfloat16, through load()."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_kernels.tiles import tile_all
+from tests.support.goldens import DEMO, FOLDERS, pad, read_model, reference
+from tests.support.triton_cases import ignore_deprecation
+
+pytestmark = [pytest.mark.gpu, ignore_deprecation]
+PROMPTS = range(4)
+
+
+@pytest.mark.parametrize("name", [DEMO, "mixtral-w4g128sym", "qwen3-w4g32asymact", "qwen3moe-w4g32act"])
+def test_logits_are_near_the_reference(name):
+    golden = reference(name)
+    if name == DEMO:
+        model = fj.load(FOLDERS[name], dtype="bfloat16", implementation="triton", quiet=True)
+        cfg, params = model.cfg, model.params
+    else:  # without a tokenizer
+        cfg, params = read_model(FOLDERS[name], dtype="bfloat16", implementation="triton")
+        params = jax.device_put(params, jax.devices()[0])
+        params = jax.jit(tile_all)(params)
+    tokens, lengths = pad([golden[f"ids_{i}"] for i in PROMPTS])
+    logits = np.asarray(jax.jit(fj.forward, static_argnames="cfg")(params, tokens, cfg=cfg), np.float64)
+    for i in PROMPTS:
+        expected = golden[f"logits_q_{i}"].astype(np.float64)
+        found = logits[i, lengths[i] - len(expected) : lengths[i]]
+        # Activations and layers between are bfloat16 here and float32 in the reference.
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.03

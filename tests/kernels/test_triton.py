@@ -1,0 +1,270 @@
+"""The Triton kernels, interpreted on the CPU, against plain numpy; what they refuse; and that they lower for CUDA."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ferrum_kernels import MixedStack, dispatch, from_blocks, gptq_matmul, grouped_gptq_matmul, tile, to_blocks, triton
+from ferrum_kernels.blocks import max_blocks
+from ferrum_kernels.errors import BackendError
+from ferrum_kernels.triton_matmul import Rows, Tile, product
+from ferrum_kernels.triton_route import chunks, place
+from tests.support.gptq_cases import make_linear, make_stack
+from tests.support.triton_cases import expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
+
+pytestmark = [
+    ignore_deprecation,
+    pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the Triton kernels need jax 0.10.2"),
+]
+ONE_ROUNDING, TWO_ROUNDINGS = 2e-3, 4.5e-3  # to bfloat16
+EXPERTS = 8
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with triton.interpreted():
+        yield
+
+
+DIALECTS = st.fixed_dictionaries(
+    {
+        "k": st.sampled_from([32, 64, 160, 256]),
+        "n": st.sampled_from([16, 27, 64, 96]),
+        "bits": st.sampled_from([4, 8]),
+        "group_size": st.sampled_from([32, 64, 96, 128, -1]),
+        "sym": st.booleans(),
+        "act_order": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=6)
+@given(DIALECTS, st.sampled_from(["bfloat16", "float16"]), st.sampled_from([1, 3, 17]), st.booleans())
+def test_a_product_of_any_dialect(sizes, dtype, rows, layered):
+    w, dense = make_linear(0, **sizes)
+    x = jnp.asarray(normal(rows, rows, sizes["k"]), dtype)
+    expected = np.asarray(x, np.float64) @ dense
+    tiled, layer = tile(w), None
+    if layered:
+        tiled, layer = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), tiled), 1
+    y = gptq_matmul(x, tiled, layer=layer, implementation="triton", out_dtype=jnp.float32)
+    assert relative(y, expected) < 1e-5  # codes and scales are exact, sums are float32
+    rounded = gptq_matmul(x, tiled, layer=layer, implementation="triton")
+    assert rounded.dtype == dtype
+    assert relative(rounded, expected) < ONE_ROUNDING
+
+
+def test_a_bias_is_added():
+    w, dense = make_linear(0, k=64, n=32, group_size=32)
+    w = dataclasses.replace(w, bias=jnp.arange(32, dtype=jnp.float16))
+    x = jnp.asarray(normal(0, 2, 64), jnp.bfloat16)
+    y = gptq_matmul(x, tile(w), implementation="triton", out_dtype=jnp.float32)
+    assert relative(y, np.asarray(x, np.float64) @ dense + np.arange(32)) < 1e-5
+
+
+@settings(max_examples=5)
+@given(DIALECTS, st.sampled_from([1, 2, 6, 16]), st.lists(st.integers(-1, 4), min_size=1, max_size=12))
+def test_rows_of_a_dispatch(sizes, block, ids):
+    stack, dense = make_stack(0, 4, **sizes)
+    x = jnp.asarray(normal(0, len(ids), sizes["k"]), jnp.bfloat16)
+    plan = dispatch(jnp.asarray(ids, jnp.int32), 4, block)
+    rows = to_blocks(x, plan)
+    y = grouped_gptq_matmul(rows, tile(stack), plan, implementation="triton", out_dtype=jnp.float32)
+    expected = np.stack(
+        [
+            np.asarray(row, np.float64) @ dense[e] if 0 <= e < 4 else np.zeros(sizes["n"])
+            for row, e in zip(x, ids, strict=True)
+        ]
+    )
+    assert np.isfinite(np.asarray(y)).all()
+    assert relative(from_blocks(y, plan), expected) < 1e-5
+
+
+def test_a_block_larger_than_a_program_takes():
+    stack, dense = make_stack(0, 2, k=64, n=32, group_size=32)
+    plan = dispatch(jnp.asarray([1] * 70 + [0] * 3, jnp.int32), 2, 96)
+    x = jnp.asarray(normal(0, 73, 64), jnp.bfloat16)
+    y = grouped_gptq_matmul(to_blocks(x, plan), tile(stack), plan, implementation="triton", out_dtype=jnp.float32)
+    expected = np.asarray(x, np.float64) @ dense[1]
+    assert relative(from_blocks(y, plan)[:70], expected[:70]) < 1e-5
+
+
+def test_a_mixed_stack():
+    four, a = make_stack(1, 2, k=64, n=32, group_size=32)
+    stack = MixedStack((tile(four), jnp.asarray(normal(3, 1, 64, 32) / 8)), ((2, 0), (1,)))
+    dense = np.stack([a[1], normal(3, 1, 64, 32)[0] / 8, a[0]])
+    x = jnp.asarray(normal(0, 6, 64), jnp.bfloat16)
+    y = grouped_gptq_matmul(x, stack, jnp.asarray([2, 1, 3], jnp.int32), implementation="triton", out_dtype=jnp.float32)
+    expected = np.stack([np.asarray(x[i], np.float64) @ dense[e] for i, e in enumerate([0, 0, 1, 2, 2, 2])])
+    assert relative(y, expected) < TWO_ROUNDINGS  # the plain stack is multiplied in bfloat16
+
+
+@functools.cache
+def layer_of(case: int):
+    """(gate and up, down, their dense weights): what a layer can be made of."""
+    kinds: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (dict(k=256, n=256, group_size=128, sym=True), dict(k=128, n=256, group_size=128, sym=True)),
+        (dict(k=128, n=128, group_size=32, act_order=True), dict(k=64, n=128, bits=8, group_size=64, act_order=True)),
+        (dict(k=160, n=80, bits=8, group_size=-1), dict(k=40, n=160, group_size=-1)),  # nothing fits a tile
+    ]
+    up, down = kinds[case]
+    (a, dense_a), (b, dense_b) = make_stack(1, EXPERTS, **up), make_stack(2, EXPERTS, **down)
+    return tile(a), tile(b), dense_a, dense_b
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 40])  # one block per pair, small blocks, several blocks per expert
+def test_an_expert_layer(case, tokens):
+    gate_up, down, dense_up, dense_down = layer_of(case)
+    rng = np.random.default_rng(tokens)
+    x = jnp.asarray(rng.standard_normal((tokens, gate_up.k)), jnp.bfloat16)
+    ids = rng.integers(-1, EXPERTS + 1, (tokens, 2)).astype(np.int32)  # some pairs go nowhere
+    ids[0] = [3, 1]
+    weights = rng.random((tokens, 2)).astype(np.float32)
+    layers = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), (gate_up, down))
+    y = triton.experts(x, jnp.asarray(ids), jnp.asarray(weights), None, layers[0], layers[1], 1)
+    assert y.dtype == jnp.bfloat16
+    assert relative(y, expert_layer(np.asarray(x), ids, weights, dense_up, dense_down)) < TWO_ROUNDINGS
+
+
+@pytest.mark.parametrize("load", ["one expert", "none"])
+def test_any_load_of_experts(load):
+    gate_up, down, dense_up, dense_down = layer_of(0)
+    ids = np.full((20, 2), 2 if load == "one expert" else EXPERTS, np.int32)
+    x = jnp.asarray(normal(0, 20, 256), jnp.bfloat16)
+    weights = np.ones((20, 2), np.float32)
+    y = triton.experts(x, jnp.asarray(ids), jnp.asarray(weights), None, gate_up, down, None)
+    assert relative(y, expert_layer(np.asarray(x), ids, weights, dense_up, dense_down)) < TWO_ROUNDINGS
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 128, 8), (5, 60, 6), (300, 8, 2)])
+@pytest.mark.parametrize("norm", [True, False])
+def test_routing_picks_the_best(tokens, experts, top_k, norm):
+    logits = jnp.asarray(normal(0, tokens, experts))
+    mask = jnp.arange(tokens) % 3 != 1
+    chosen, weights, live, counts = triton.route(logits, mask, top_k, norm)
+    probs, expected = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+    np.testing.assert_array_equal(chosen, expected)
+    np.testing.assert_allclose(weights, probs / probs.sum(1, keepdims=True) if norm else probs, rtol=1e-5)
+    np.testing.assert_array_equal(live, np.where(np.asarray(mask)[:, None], expected, experts))
+    np.testing.assert_array_equal(counts, triton.count(live, experts))
+
+
+def test_routing_settles_ties_and_shows_what_is_not_finite():
+    logits = jnp.asarray([[0.0, 1.0, 1.0, 0.0], [0.0, jnp.nan, 0.0, 0.0], [0.0, jnp.inf, 0, 0], [-jnp.inf, 0, 1, -1]])
+    chosen, weights, _, _ = triton.route(logits, None, 2, True)
+    assert chosen[0].tolist() == [1, 2]
+    assert chosen[3].tolist() == [2, 1]
+    assert np.isnan(weights[1:3]).all()
+    assert np.isfinite(weights[jnp.asarray([0, 3])]).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "block"), [(1, 1, 1, 8), (7, 20, 3, 1), (150, 7, 2, 8), (200, 5, 1, 64)]
+)
+def test_places_are_a_stable_sort_cut_into_blocks(tokens, experts, top_k, block):
+    live = np.random.default_rng(tokens).integers(0, experts + 1, (tokens, top_k)).astype(np.int32)
+    counts = triton.count(jnp.asarray(live), experts)
+    assert counts.shape[0] == chunks(tokens)
+    blocks = max_blocks(tokens * top_k, experts, block)
+    order, expert, start, size = map(np.asarray, place(jnp.asarray(live), counts, experts, block, blocks, True))
+    flat = live.reshape(-1)
+    real = int((flat < experts).sum())
+    np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
+    sizes = np.bincount(flat, minlength=experts + 1)[:experts]
+    needed = -(-sizes // block)
+    np.testing.assert_array_equal(expert, np.append(np.repeat(np.arange(experts), needed), [experts] * blocks)[:blocks])
+    covered = np.concatenate([np.arange(s, s + n) for s, n in zip(start, size, strict=True)])
+    np.testing.assert_array_equal(covered, np.arange(real))
+    assert size.max(initial=0) <= block
+
+
+def test_float32_is_refused():
+    w, _ = make_linear(0, k=64, n=32, group_size=32)
+    message = (
+        r"the Triton kernels take bfloat16 and float16 activations; x is float32\. Cast it, load with "
+        r'dtype="bfloat16", or use implementation="xla"\.'
+    )
+    with pytest.raises(BackendError, match=message):
+        gptq_matmul(jnp.ones((1, 64)), tile(w), implementation="triton")
+    stack, _ = make_stack(0, 2, k=64, n=32, group_size=32)
+    with pytest.raises(BackendError, match=message):
+        grouped_gptq_matmul(jnp.ones((1, 64)), tile(stack), jnp.asarray([1, 0]), implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(bits=3, group_size=32), r"tiles hold codes of 4 and 8 bits; this weight has 3\. Use implementation=.xla"),
+        (dict(group_size=16), r"groups of a multiple of 32 inputs, or one group for all of them; this weight has gro"),
+        (dict(group_size=32), r"this PackedLinear is laid out as in its file\. Lay it out once with ferrum_kernels\.t"),
+    ],
+)
+def test_a_weight_that_is_not_taken_is_named(sizes, message):
+    w, _ = make_linear(0, k=64, n=32, **sizes)
+    with pytest.raises(BackendError, match=message):
+        gptq_matmul(jnp.ones((1, 64), jnp.bfloat16), w, implementation="triton")
+
+
+def test_gradients_are_those_of_the_dense_product():
+    stack, dense = make_stack(0, 3, k=64, n=32, group_size=32, act_order=True)
+    plan = dispatch(jnp.asarray([2, 0, 2], jnp.int32), 3, 2)
+    x = jnp.asarray(normal(0, 3, 64), jnp.bfloat16)
+
+    def total(x):
+        y = grouped_gptq_matmul(to_blocks(x, plan), tile(stack), plan, implementation="triton", out_dtype=jnp.float32)
+        return from_blocks(y, plan).sum()
+
+    expected = np.stack([dense[e].sum(1) for e in (2, 0, 2)])
+    assert relative(jax.grad(total)(x), expected) < TWO_ROUNDINGS
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_tiles_are_read_by_the_portable_implementations(implementation):
+    stack, dense = make_stack(0, 3, k=64, n=32, group_size=32, act_order=True)
+    x = normal(0, 3, 64)
+    y = grouped_gptq_matmul(jnp.asarray(x), tile(stack), jnp.asarray([1, 0, 2]), implementation=implementation)
+    assert relative(y, np.stack([x[i] @ dense[e] for i, e in enumerate([0, 2, 2])])) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 512])
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_a_layer_lowers_for_cuda_without_a_copy_of_its_stack(case, tokens):
+    """Only kernels read the stacks: a slice by layer would show as an operation on them."""
+    gate_up, down, _, _ = layer_of(case)
+    layers = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), (gate_up, down))
+    token = jax.ShapeDtypeStruct((tokens, gate_up.k), jnp.bfloat16)
+
+    def run(x, logits, stacks, layer):
+        with triton.interpreted(False):
+            _, weights, live, counts = triton.route(logits, None, 2, True)
+            return triton.experts(x, live, weights, counts, stacks[0], stacks[1], layer)
+
+    logits = jax.ShapeDtypeStruct((tokens, EXPERTS), jnp.float32)
+    text = lower_for_cuda(run, token, logits, layers, jax.ShapeDtypeStruct((), jnp.int32))
+    names = {"x".join(map(str, s.words.shape)) for s in layers}
+    for line in text.splitlines():
+        if any(f"tensor<{name}xui16>" in line for name in names):
+            assert "custom_call" in line or "func.func" in line, line
+    assert len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)) == (4 if tokens > 1 else 3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_dialect_lowers_for_cuda(bits, sym, dtype):
+    w, _ = make_linear(0, k=256, n=64, bits=bits, group_size=64, sym=sym)
+    x = jax.ShapeDtypeStruct((64, 256), jnp.dtype(dtype))
+    for cut in (Tile(16, 1, 2), Tile(64, 4, 3, merge=True, step=2)):
+        run = functools.partial(product, layer=None, rows=Rows(32), blocks=2, out_rows=64, tile=cut, out_dtype=dtype)
+        assert "xla.gpu.triton" in lower_for_cuda(lambda x, w, run=run: run(x, w), x, tile(w))

@@ -1,0 +1,53 @@
+"""Expert layers in plain numpy, and CUDA lowering without a GPU, for the tests of the Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+# Pallas announces at each use that its Triton backend will go away.
+ignore_deprecation = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def expert_layer(
+    x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate_up: np.ndarray, down: np.ndarray
+) -> np.ndarray:
+    """float64 [T, D]: every pair on its own; ids outside the experts are skipped."""
+    out = np.zeros(x.shape)
+    features = down.shape[1]
+    for t, k in np.ndindex(*ids.shape):
+        if 0 <= (e := ids[t, k]) < len(down):
+            y = x[t].astype(np.float64) @ gate_up[e]
+            out[t] += weights[t, k] * (silu(y[:features]) * y[features:]) @ down[e]
+    return out
+
+
+def relative(actual: Any, expected: np.ndarray) -> float:
+    """||actual - expected|| / ||expected||; NaN anywhere gives NaN, which no bound passes."""
+    return float(np.linalg.norm(np.asarray(actual, np.float64) - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def lower_for_cuda(function: Callable[..., Any], *args: Any) -> str:
+    """The StableHLO of a function for an NVIDIA GPU, made without one."""
+    with contextlib.ExitStack() as stack:
+        if hasattr(jax.sharding, "AbstractDevice"):
+            device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+            mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+            with contextlib.suppress(AttributeError):
+                stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@functools.cache
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
