@@ -109,8 +109,8 @@ class Strips {
       for (int64_t c = 0; c < padded(columns); c += kWide) store(zeros + c, set(1 << (bits - 1)));
   }
 
-  // The codes of a block for 32 columns, `of` as many that the block is multiplied for. A word row of 16 columns is one row of a tile (8 bits) or two, even inputs and
-  // odd ones, which is how activations lie.
+  // The codes of a block for the first 32 of `columns`; the block is multiplied for `of` columns altogether. A word row
+  // of 16 columns is one row of a tile (8 bits) or two, even inputs and odd ones, which is how activations lie.
   void unpack(int64_t block, int64_t column, int64_t columns, int64_t of, Tile (*tiles)[2]) const {
     const I mask = _mm512_set1_epi8(15);
     int64_t begin = blocks_.begin(block) / kCodes, words = (blocks_.end(block) + kCodes - 1) / kCodes - begin;
