@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,53 @@ from ferrum_kernels.bits import check_bits, pack, unpack, words_for
 from ferrum_kernels.errors import ShapeError
 
 
+class PackedWeight(abc.ABC):
+    """What the layouts of a packed weight share: matrices `[K, N]` with any leading axes, scales by group."""
+
+    shape: tuple[int, int]
+    group_size: int
+
+    @property
+    @abc.abstractmethod
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes, `()` for a single matrix."""
+
+    @property
+    def k(self) -> int:
+        """Input features."""
+        return self.shape[0]
+
+    @property
+    def n_per_expert(self) -> int:
+        """Output features of one matrix."""
+        return self.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        """Rows of `scales`: ceil(K / group_size)."""
+        return -(-self.shape[0] // self.group_size)
+
+    @property
+    def num_experts(self) -> int:
+        """Size of the last leading axis."""
+        if not self.lead:
+            name = type(self).__name__
+            raise ShapeError(f"this {name} is a single matrix; num_experts needs a stack with a leading axis.")
+        return self.lead[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def __getitem__(self, index: Any) -> Self:
+        if not self.lead:
+            raise ShapeError(f"this {type(self).__name__} is a single matrix and has no leading axis to index.")
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
 @dataclasses.dataclass(frozen=True)
-class PackedLinear:
+class PackedLinear(PackedWeight):
     """A weight `[K, N]` kept packed, with any leading axes (`[E]` experts, `[L, E]` layers of experts).
 
     The weight it stands for, with `i` the packed row that holds input `perm[i]`:
@@ -52,41 +98,9 @@ class PackedLinear:
     shape: tuple[int, int] = (0, 0)
 
     @property
-    def k(self) -> int:
-        """Input features."""
-        return self.shape[0]
-
-    @property
-    def n_per_expert(self) -> int:
-        """Output features of one matrix."""
-        return self.shape[1]
-
-    @property
-    def num_groups(self) -> int:
-        """Rows of `scales`: ceil(K / group_size)."""
-        return -(-self.shape[0] // self.group_size)
-
-    @property
     def lead(self) -> tuple[int, ...]:
         """Leading axes, `()` for a single matrix."""
         return tuple(self.qweight.shape[:-2])
-
-    @property
-    def num_experts(self) -> int:
-        """Size of the last leading axis."""
-        if not self.lead:
-            raise ShapeError("this PackedLinear is a single matrix; num_experts needs a stack with a leading axis.")
-        return self.lead[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    def __getitem__(self, index: Any) -> PackedLinear:
-        if not self.lead:
-            raise ShapeError("this PackedLinear is a single matrix and has no leading axis to index.")
-        return jax.tree.map(lambda leaf: leaf[index], self)
 
 
 jax.tree_util.register_dataclass(

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 
 from ferrum_kernels.bits import pack, unpack
 from ferrum_kernels.errors import BackendError, ShapeError
-from ferrum_kernels.packed import PackedLinear, check_packed
+from ferrum_kernels.packed import PackedLinear, PackedWeight, check_packed
 
 PLANE = 32  # inputs of a plane, containers of a block
 COLUMNS = 64  # outputs are padded to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
-class TiledLinear:
+class TiledLinear(PackedWeight):
     """A weight `[K, N]` kept packed, laid out for tiles; it stands for the same numbers as its PackedLinear.
 
     Attributes:
@@ -38,8 +38,8 @@ class TiledLinear:
       group_size: inputs that share a scale, a multiple of 32 unless one group covers all (static).
       shape: (K, N) (static).
 
-    Source: nibble planes so that activations need no shuffle, after the throw-away prototype that docs/performance.md
-    records; containers read as in Marlin (https://github.com/IST-DASLab/marlin).
+    Source: nibble planes, so that activations need no shuffle, are this package's own; two codes made floats by bit
+    operations after Marlin (https://github.com/IST-DASLab/marlin).
     """
 
     words: Any
@@ -50,21 +50,6 @@ class TiledLinear:
     bits: int = 4
     group_size: int = 128
     shape: tuple[int, int] = (0, 0)
-
-    @property
-    def k(self) -> int:
-        """Input features."""
-        return self.shape[0]
-
-    @property
-    def n_per_expert(self) -> int:
-        """Output features of one matrix."""
-        return self.shape[1]
-
-    @property
-    def num_groups(self) -> int:
-        """Rows of `scales`."""
-        return -(-self.shape[0] // self.group_size)
 
     @property
     def num_blocks(self) -> int:
@@ -85,23 +70,6 @@ class TiledLinear:
     def lead(self) -> tuple[int, ...]:
         """Leading axes, `()` for a single matrix."""
         return tuple(self.words.shape[:-3])
-
-    @property
-    def num_experts(self) -> int:
-        """Size of the last leading axis."""
-        if not self.lead:
-            raise ShapeError("this TiledLinear is a single matrix; num_experts needs a stack with a leading axis.")
-        return self.lead[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    def __getitem__(self, index: Any) -> TiledLinear:
-        if not self.lead:
-            raise ShapeError("this TiledLinear is a single matrix and has no leading axis to index.")
-        return jax.tree.map(lambda leaf: leaf[index], self)
 
 
 jax.tree_util.register_dataclass(
