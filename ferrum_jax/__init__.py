@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from ferrum_jax.saving import load_params as load_params
     from ferrum_jax.saving import save_params as save_params
     from ferrum_kernels import PackedLinear as PackedLinear
+    from ferrum_kernels import TiledLinear as TiledLinear
     from ferrum_kernels import dequantize as dequantize
     from ferrum_kernels import gptq_matmul as gptq_matmul
     from ferrum_kernels import grouped_gptq_matmul as grouped_gptq_matmul
+    from ferrum_kernels import is_weight as is_weight
 
     __version__: str
 
@@ -57,7 +59,14 @@ _NAMES = {
     "ferrum_jax.params": ("abstract", "layer", "random_params", "set_layer"),
     "ferrum_jax.sampling": ("SamplingParams", "sample"),
     "ferrum_jax.saving": ("load_params", "save_params"),
-    "ferrum_kernels": ("PackedLinear", "dequantize", "gptq_matmul", "grouped_gptq_matmul"),
+    "ferrum_kernels": (
+        "PackedLinear",
+        "TiledLinear",
+        "dequantize",
+        "gptq_matmul",
+        "grouped_gptq_matmul",
+        "is_weight",
+    ),
 }
 # No public name may equal a submodule's: importing the submodule would replace the name.
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
