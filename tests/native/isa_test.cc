@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -211,6 +212,25 @@ void jobs() {
     for (int count : mine) expect(count == 200, "a unit of a job ran another number of times than once");
 }
 
+// What one unit throws reaches the caller, whichever thread ran it, and the next job runs as ever.
+void failing_jobs() {
+  for (int round = 0; round < 200; round++) {
+    Session session;
+    std::string caught;
+    try {
+      session.run(100, [&](int64_t unit) {
+        if (unit == round % 100) throw std::runtime_error("no memory");
+      });
+    } catch (const std::runtime_error& error) {
+      caught = error.what();
+    }
+    expect(caught == "no memory", "what a unit threw did not reach the caller");
+    std::vector<int> counts(100, 0);
+    session.run(100, [&](int64_t unit) { counts[static_cast<size_t>(unit)]++; });
+    expect(counts == std::vector<int>(100, 1), "a job after a failed one did not run every unit once");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -230,6 +250,7 @@ int main() {
     begin = end + 1;
   }
   jobs();
+  failing_jobs();
   std::printf("%s: %d failures\n", names.c_str(), failures);
   return failures != 0;
 }

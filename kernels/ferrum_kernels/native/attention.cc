@@ -78,7 +78,8 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
       for (int64_t h = 0, some; h < heads; h += some) {
         some = std::min(kSome, share - h % share);
         for (int64_t j = 0; j < some; j++)
-          prepare.prepare(at(q.untyped_data(), type, (unit * heads + h + j) * head), type, norm_q, c, s, scale, lines[j]);
+          prepare.prepare(at(q.untyped_data(), type, (unit * heads + h + j) * head), type, norm_q, c, s, scale,
+                          lines[j]);
         float* to = queries + ((b * kv_heads + h / share) * tiles + t / per_tile) * tile_size +
                     t % per_tile * share + h % share;
         for (int64_t i = 0; i < head; i++)

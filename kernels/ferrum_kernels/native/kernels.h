@@ -233,8 +233,8 @@ bool softmax(float* x, int64_t n) {
 // ---- products
 
 // acc[m, c] += sum over inputs i < k of x[m][i] * w[i, c], for `rows` values of m and columns in pairs of vectors.
-// Some inputs are taken per pass over the columns, so that memory is walked in whole rows; with `streamed` the columns of
-// the next pass are asked for early.
+// Some inputs are taken per pass over the columns, so that memory is walked in whole rows; with `streamed` the columns
+// of the next pass are asked for early.
 template <Float type, int rows, int steps, bool streamed>
 void dense_pass(const void* w, int64_t ld, int64_t columns, const float* const* x, float* acc, int64_t ld_acc) {
   constexpr int64_t size = type == Float::f32 ? 4 : 2;
@@ -559,7 +559,8 @@ void attend(const float* q, int64_t ldq, int64_t rows, int64_t head, const void*
 
 constexpr Isa make(const char* name, int64_t wide_rows, int64_t wide_columns = 128,
                    decltype(Isa::tile) tile_of_this_isa = tile) {
-  return {name, wide_rows, wide_columns, tile_of_this_isa, dense_tile, quantize, to_float, from_float, silu_mul, axpy, rms_norm, rotate, attend, softmax};
+  return {name,       wide_rows, wide_columns, tile_of_this_isa, dense_tile, quantize, to_float,
+          from_float, silu_mul,  axpy,         rms_norm,         rotate,     attend,   softmax};
 }
 
 #pragma GCC diagnostic pop

@@ -4,9 +4,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -81,11 +83,19 @@ class Pool {
         std::this_thread::yield();
       }
     }
+    if (thrown_) std::rethrow_exception(std::exchange(thrown_, nullptr));
   }
 
  private:
   void drain() {
-    for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) call_(body_, unit);
+    try {
+      for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) call_(body_, unit);
+    } catch (...) {
+      // The caller gets what was thrown first, and no unit is begun any more.
+      next_.store(units_, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(throwing_);
+      if (!thrown_) thrown_ = std::current_exception();
+    }
   }
 
   void work() {
@@ -124,6 +134,9 @@ class Pool {
   alignas(64) std::atomic<uint64_t> epoch_{0};
   std::atomic<bool> open_{false};
   alignas(64) std::atomic<int> inside_{0};
+
+  std::mutex throwing_;
+  std::exception_ptr thrown_;
 
   std::mutex sleep_;
   std::condition_variable wake_;

@@ -19,7 +19,8 @@ class Session {
 
   int threads() const;
 
-  // Calls body(unit) for every unit in [0, units), in any order and on any thread of the pool; returns when all are done.
+  // Calls body(unit) for every unit in [0, units), in any order and on any thread of the pool; returns when all are
+  // done. What a body throws, on whatever thread, is thrown here.
   template <typename Body>
   void run(int64_t units, const Body& body) {
     run_erased(units, [](const void* b, int64_t unit) { (*static_cast<const Body*>(b))(unit); }, &body);
