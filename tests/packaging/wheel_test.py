@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SUBSET = ["tests/test_generation.py", "tests/kernels/test_gptq_format.py", "tests/kernels/test_cpu_library.py"]
-WITHOUT_KERNELS = ["tests/kernels", "tests/golden/test_goldens.py"]
+WITHOUT_KERNELS = ["tests/kernels", "tests/golden/test_goldens.py", "--ignore=tests/kernels/test_triton.py"]
 
 USE = """
 import pathlib, sys
