@@ -128,6 +128,7 @@ def test_warnings_about_a_checkpoint_are_lines(tmp_path, capsys):
 
 
 def test_ctrl_c_ends_an_answer_with_130():
+    terminal.heed_interrupts()
     process = subprocess.Popen(
         [*terminal.COMMAND, "run", "demo", "Once upon a time", "--max-tokens", "400", *SLOW],
         stdout=subprocess.PIPE,

@@ -6,12 +6,18 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
 from types import TracebackType
 
 COMMAND = (sys.executable, "-c", "from ferrum_jax.cli import main; main()")
+
+
+def heed_interrupts() -> None:
+    """Let new processes take Ctrl-C: a shell makes what it runs in the background ignore it, tests included."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -41,6 +47,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         # The shell leads a new session; the first terminal it opens becomes the session's.
         opened = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(theirs), *COMMAND, *arguments]
+        heed_interrupts()
         self._process = subprocess.Popen(opened, env=environment(**changes), start_new_session=True)
         self._theirs = theirs
         self.output = ""
