@@ -39,6 +39,7 @@ from ferrum_jax.progress import Progress
 from ferrum_jax.tokenizer import Tokenizer
 from ferrum_kernels import cpu
 from ferrum_kernels.ops import IMPLEMENTATIONS
+from ferrum_kernels.ops import resolve as resolve_implementation
 
 
 class CheckpointWarning(UserWarning):
@@ -141,6 +142,8 @@ def load(
     folder = resolve(model, revision=revision, offline=offline, quiet=quiet)
     cfg = read_config(folder)
     check_platform()
+    if implementation is not None:
+        resolve_implementation(implementation)  # what cannot run here is refused before anything is read
     if dtype is None:
         dtype = default_dtype(cfg, implementation)
     cfg = dataclasses.replace(cfg, dtype=dtype, implementation=implementation, lm_head_bits=lm_head_bits)

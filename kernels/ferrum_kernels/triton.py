@@ -80,7 +80,10 @@ def refuses(w: Any) -> str | None:
 def check(*weights: Any) -> None:
     """Raise BackendError where the kernels cannot run or do not take a weight."""
     if problem := unavailable():
-        raise BackendError(f'implementation="{NAME}" cannot run: {problem}.')
+        raise BackendError(
+            f'implementation="{NAME}" cannot run: {problem}. Leave implementation out for the best one here, or use '
+            f'"xla".'
+        )
     for w in weights:
         if problem := refuses(w):
             raise BackendError(f"{problem}.")

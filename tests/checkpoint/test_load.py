@@ -56,6 +56,15 @@ def test_no_dtype_means_the_checkpoint_s_own_where_the_cpu_kernels_run(
     assert fj.load(folder, quiet=True).cfg.dtype == own
 
 
+def test_an_implementation_that_cannot_run_here_is_refused_before_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ferrum_kernels.triton.unavailable", lambda: "it needs an NVIDIA GPU")
+    monkeypatch.setattr("ferrum_jax.checkpoint.load.open_checkpoint", lambda _: pytest.fail("weights were opened"))
+    with pytest.raises(BackendError, match=r'cannot run: it needs an NVIDIA GPU\. .* or use "xla"\.'):
+        fj.load(folder, implementation="triton", quiet=True)
+
+
 @pytest.mark.parametrize("implementation", [None, "xla", "apple", "reference"])
 def test_the_implementation_is_kept_in_cfg_and_used(implementation: str | None, folder: Path) -> None:
     model = fj.load(folder, implementation=implementation, dtype="float32", quiet=True)
