@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_matmul import LEAST_ROWS, decode, dot, side_by_side
+from ferrum_kernels.triton_decode import decode, dot, side_by_side
+from ferrum_kernels.triton_matmul import LEAST_ROWS
 
 MOST_LANES = 128  # experts whose ranks a program finds by comparing all pairs
 
