@@ -208,12 +208,9 @@ def _tile(s: Statics) -> int:
 
 
 def decode_cut(s: Statics, batch: int) -> Cut:
-    """How one new token per row is cut up: pieces small enough to give every multiprocessor a few."""
+    """How one new token per row is cut up: two programs for each multiprocessor, or fewer where there is little."""
     tile = _tile(s)
-    piece = 4 * tile
-    while piece < s.capacity and batch * s.kv_heads * -(-s.capacity // piece) > 1024:
-        piece *= 2
-    return Cut(tile=tile, warps=4, stages=3, queries=1, piece=piece, programs=max(1, 512 // s.kv_heads))
+    return Cut(tile=tile, warps=4, stages=3, queries=1, piece=4 * tile, programs=max(1, 264 // s.kv_heads))
 
 
 def prefill_cut(s: Statics, tokens: int) -> Cut:
@@ -261,29 +258,22 @@ def _decode(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
     batch = named["q"].shape[0]
     y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), s.dtype)
     most = -(-s.capacity // s.cut.piece)
-    pieces = batch * most
+    programs = min(batch * most, s.cut.programs)
     parts: Refs = {}
     if most > 1:
         parts = {
-            "parts": jax.ShapeDtypeStruct((pieces, s.heads, s.head_dim), jnp.float32),
-            "sums": jax.ShapeDtypeStruct((pieces, s.heads), jnp.float32),
+            "parts": jax.ShapeDtypeStruct((2 * programs, s.heads, s.head_dim), jnp.float32),
+            "sums": jax.ShapeDtypeStruct((2 * programs, s.heads), jnp.float32),
         }
-    programs = min(pieces, s.cut.programs)
-    out = {"y": y, **parts, **_shapes(cache)}
-    found = _call(
-        functools.partial(decode_kernel, programs, pieces),
-        s,
-        {**named, **cache},
-        out,
-        (s.kv_heads, programs),
-        "attend_one",
-        _same(cache),
-        s.cut,
-    )
+    grid, out = (s.kv_heads, programs), {"y": y, **parts, **_shapes(cache)}
+    kernel = functools.partial(decode_kernel, programs)
+    found = _call(kernel, s, {**named, **cache}, out, grid, "attend_one", _same(cache), s.cut)
     if parts:
-        given = {name: named[name] for name in ("start", "window")} | {name: found[name] for name in ("y", *parts)}
+        given = {name: named[name] for name in ("start", "count", "window")}
+        given |= {name: found[name] for name in ("y", *parts)}
         grid, cut = (s.heads, batch), Cut(warps=4, stages=2)
-        found["y"] = _call(add_kernel, s, given, {"y": y}, grid, "attend_add", _same(["y"]), cut)["y"]
+        kernel = functools.partial(add_kernel, programs)
+        found["y"] = _call(kernel, s, given, {"y": y}, grid, "attend_add", _same(["y"]), cut)["y"]
     return found["y"], {name: found[name] for name in cache}
 
 

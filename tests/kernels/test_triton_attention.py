@@ -61,13 +61,13 @@ def test_one_product_may_hold_queries_keys_and_values(name):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
-def test_programs_that_take_several_pieces_give_the_same(monkeypatch):
-    args, _ = build(CASES["one in parts"])
-    expected, *_ = triton_attention.attention(**args)
+@pytest.mark.parametrize("programs", [1, 3, 7])
+@pytest.mark.parametrize("name", ["one in parts", "one"])
+def test_few_programs_take_several_pieces_and_rows(name, programs, monkeypatch):
     cut = triton_attention.decode_cut
-    monkeypatch.setattr(triton_attention, "decode_cut", lambda *a: dataclasses.replace(cut(*a), programs=2))
-    y, *_ = triton_attention.attention(**args)
-    np.testing.assert_array_equal(y, expected)
+    few = lambda *a: dataclasses.replace(cut(*a), programs=programs)  # noqa: E731
+    monkeypatch.setattr(triton_attention, "decode_cut", few)
+    check(CASES[name], triton_attention.attention)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
