@@ -1,4 +1,4 @@
-"""Attention of the Triton backend on a GPU: any cache, ragged rows, the same bits at every run, no copy of the cache."""
+"""Attention of the Triton backend on a GPU: any cache, ragged rows, the same bits each time, no copy of the cache."""
 
 from __future__ import annotations
 
