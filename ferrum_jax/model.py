@@ -226,9 +226,9 @@ def _attend_on_triton(
 
     def attend(p: Params, x: jax.Array, cached: tuple, at: Place) -> tuple[jax.Array, tuple]:
         norms = (p["q_norm"], p["k_norm"]) if cfg.qk_norm else None
-        new = _project(p, x, at, cfg)
+        q, k, v = _project(p, x, at, cfg)
         y, cached, _ = triton_attention.attention(
-            *new, norms, cfg.rms_norm_eps, cosine, sine, cached, at.layer, start, count, at.window
+            q, k, v, norms, cfg.rms_norm_eps, cosine, sine, cached, at.layer, start, count, at.window
         )
         return y, cached
 

@@ -25,8 +25,6 @@ from ferrum_kernels.triton_flash import (
     write,
 )
 
-PARTS = 16  # parts of a row that one turn of the adding kernel takes
-
 
 def _begin(s: Statics, r: Refs, start: Any) -> Any:
     """The position of the first tile that holds something a token at `start` sees."""
@@ -41,14 +39,16 @@ class _Shares:
       row, begin, end: int32 [B'], rows; where what each one sees begins; the piece, counted over all rows, after its
         last.
       pieces: int32 [B'], how many it has; at least one.
-      programs: how many programs share them (static).
+      total: of all rows.
+      programs: how many programs share them, each at least one.
     """
 
     row: jax.Array
     begin: jax.Array
     end: jax.Array
     pieces: jax.Array
-    programs: int
+    total: jax.Array
+    programs: jax.Array
 
     def of(self, values: jax.Array, row: Any) -> Any:
         """A row's value."""
@@ -56,11 +56,11 @@ class _Shares:
 
     def first(self, program: Any) -> Any:
         """The first piece of a program."""
-        return program * jnp.sum(self.pieces, axis=0) // self.programs
+        return program * self.total // self.programs
 
     def program(self, piece: Any) -> Any:
         """The program of a piece."""
-        return ((piece + 1) * self.programs - 1) // jnp.sum(self.pieces, axis=0)
+        return ((piece + 1) * self.programs - 1) // self.total
 
     def row_of(self, piece: Any) -> Any:
         """The row of a piece."""
@@ -75,7 +75,8 @@ def _shares(s: Statics, r: Refs, programs: int) -> _Shares:
     begin = _begin(s, r, start)
     pieces = lax.max((lax.min(start, s.capacity) - begin + (s.cut.piece - 1)) // s.cut.piece, 1)
     pieces = jnp.where(row < batch, pieces, 0)
-    return _Shares(row, begin, jnp.cumsum(pieces), pieces, programs)
+    total = jnp.sum(pieces, axis=0)
+    return _Shares(row, begin, jnp.cumsum(pieces), pieces, total, lax.min(total, programs))
 
 
 def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
@@ -93,6 +94,9 @@ def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
 
     def take(row: Any, start: Any, begin: Any, until: Any, fresh: Any, part: Any) -> None:
         """Positions from `begin` to `until` of a row, and the new token where `fresh`; a part of it, or None: all."""
+        # Nothing branches on what the row has: its heads are read while that number is still on its way.
+        live = r["count"][row] > 0
+        fresh, until = fresh & live, jnp.where(live, until, begin)
         q, first, second, _, query_head, alive = queries(s, r, row, head, 0)
         one = jnp.zeros((1,), jnp.int32)
         real = (one + start < s.capacity) & (one + start >= 0) & fresh
@@ -107,7 +111,7 @@ def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
             s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
         )
         total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
-        y = (values.T if s.cut.swap else values) * (1.0 / total)[:, None]
+        y = jnp.where(live, (values.T if s.cut.swap else values) * (1.0 / total)[:, None], 0.0)
         if part is None:
             put(y, row)
             return
@@ -120,34 +124,32 @@ def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
         pl.when(part < 0)(lambda: put(y, row))
         pl.when(part >= 0)(keep)
 
-    def row_of(row: Any, share: Any) -> None:
-        start, real = r["start"][row], r["count"][row] > 0
-        pl.when(real)(lambda: share(row, start))
-        pl.when(~real)(lambda: put(jnp.zeros((s.width, s.head_dim), jnp.float32), row))
-
     def turns(lower: Any, upper: Any, share: Any) -> None:
         def body(row: Any, carry: Any) -> Any:
-            row_of(row, share)
+            share(row)
             return carry
 
         lax.fori_loop(lower, upper, body, 0)
 
     if "parts" not in out:  # every row is one piece
 
-        def whole(row: Any, start: Any) -> None:
+        def whole(row: Any) -> None:
+            start = r["start"][row]
             take(row, start, _begin(s, r, start), lax.min(start, s.capacity), True, None)
 
         batch = r["start"].shape[0]
         if batch == programs:
-            row_of(me, whole)
+            whole(me)
         else:
             turns(me * batch // programs, (me + 1) * batch // programs, whole)
         return
 
     shares = _shares(s, r, programs)
-    lower, upper = shares.first(me), shares.first(me + 1)
+    lower = shares.first(me)
+    upper = shares.first(me + 1)
 
-    def some(row: Any, start: Any) -> None:
+    def some(row: Any) -> None:
+        start = r["start"][row]
         end, pieces, begin = (shares.of(x, row) for x in (shares.end, shares.pieces, shares.begin))
         first, last = lax.max(lower, end - pieces), lax.min(upper, end)
         # Parts of a program are that of the row where it begins and that of the row where it ends.
@@ -155,11 +157,11 @@ def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
         until = lax.min(lax.min(start, s.capacity), begin + (last - end + pieces) * s.cut.piece)
         take(row, start, begin + (first - end + pieces) * s.cut.piece, until, first == end - pieces, part)
 
-    pl.when(lower < upper)(lambda: turns(shares.row_of(lower), shares.row_of(upper - 1) + 1, some))
+    pl.when(me < shares.programs)(lambda: turns(shares.row_of(lower), shares.row_of(upper - 1) + 1, some))
 
 
-def add_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
-    """Add up the parts of one row and query head, where there is more than one."""
+def add_kernel(programs: int, turn: int, s: Statics, r: Refs, out: Refs) -> None:
+    """Add up the parts of one row and query head, where there is more than one; `turn` parts at a time."""
     from jax.experimental import pallas as pl
 
     head, me = pl.program_id(0), pl.program_id(1)
@@ -174,10 +176,10 @@ def add_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
     def add() -> None:
         def body(i: Any, state: Any) -> Any:
             most, total, values = state
-            turn = i * PARTS + jnp.arange(PARTS, dtype=jnp.int32)
-            alive = turn < count
-            part = 2 * (first + turn)
-            part = jnp.where((turn == 0) & late, part + 1, part)
+            place = i * turn + jnp.arange(turn, dtype=jnp.int32)
+            alive = place < count
+            part = 2 * (first + place)
+            part = jnp.where((place == 0) & late, part + 1, part)
             sums = jnp.where(alive, read(r["sums"], (part, head), alive), LEAST)
             parts = read(r["parts"], (part[:, None], head, lane[None, :]), alive[:, None])
             now = lax.max(most, jnp.max(sums, axis=0))
@@ -191,7 +193,7 @@ def add_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
 
         zeros = jnp.zeros(lane.shape, jnp.float32)
         state = (jnp.float32(LEAST), zeros, zeros)
-        _, total, values = lax.fori_loop(0, (count + (PARTS - 1)) // PARTS, body, state)
+        _, total, values = lax.fori_loop(0, (count + (turn - 1)) // turn, body, state)
         out["y"][me, 0, head, :] = (values / total).astype(s.dtype)
 
     pl.when((count > 1) & (r["count"][me] > 0))(add)
