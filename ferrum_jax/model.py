@@ -277,6 +277,10 @@ def take_layer(run: Params, index: jax.Array) -> Params:
 
 def _project(p: Params, x: jax.Array, at: Place, cfg: ModelConfig) -> tuple[jax.Array, ...]:
     """Queries, keys and values [B, T, heads * head_dim], before their norms and rotation."""
+    if "qkv" in p:
+        y = linear(x, p["qkv"], cfg, p.get("qkv_bias"), layer=at.index)
+        queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        return tuple(jnp.split(y, (queries, queries + keys), axis=-1))
     return tuple(linear(x, p[name], cfg, p.get(f"{name}_bias"), layer=at.index) for name in ("q", "k", "v"))
 
 
