@@ -23,7 +23,7 @@ from ferrum_jax.kernels import MixedStack, default_implementation, is_weight
 from ferrum_jax.layers import attention, linear, mlp, rms_norm, uses_cpu_kernels
 from ferrum_jax.moe import Routing, moe_layer
 from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
-from ferrum_kernels import cpu
+from ferrum_kernels import cpu, triton, triton_attention
 from ferrum_kernels.contract import einsum, is_traced
 
 Params = dict[str, Any]
@@ -158,7 +158,7 @@ def _extend(
     positions = cache.lengths[:, None] + offsets
     total = cache.lengths + lengths
     angles = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_position, total)
-    attend = (_attend_on_cpu if _takes_cpu_attention(cfg) else _attend)(positions, angles, cache.lengths, lengths, cfg)
+    attend = _attention_of(cfg, cache.k.dtype)(positions, angles, cache.lengths, lengths, cfg)
 
     x = _embed(params, tokens, cfg)
     mask = offsets < lengths[:, None]
@@ -218,8 +218,31 @@ def _attend_on_cpu(
     return attend
 
 
-def _takes_cpu_attention(cfg: ModelConfig) -> bool:
-    return uses_cpu_kernels(cfg) and cfg.head_dim % 2 == 0 and cfg.head_dim <= cpu.MOST_HEAD
+def _attend_on_triton(
+    positions: jax.Array, angles: tuple[jax.Array, float], start: jax.Array, count: jax.Array, cfg: ModelConfig
+) -> Attend:
+    """The same in kernels for NVIDIA GPUs, which read what each row has read and no more."""
+    cosine, sine = rope_tables(positions, *angles)
+
+    def attend(p: Params, x: jax.Array, cached: tuple, at: Place) -> tuple[jax.Array, tuple]:
+        norms = (p["q_norm"], p["k_norm"]) if cfg.qk_norm else None
+        new = _project(p, x, at, cfg)
+        y, cached, _ = triton_attention.attention(
+            *new, norms, cfg.rms_norm_eps, cosine, sine, cached, at.layer, start, count, at.window
+        )
+        return y, cached
+
+    return attend
+
+
+def _attention_of(cfg: ModelConfig, held: Any) -> Callable[..., Attend]:
+    """Which of the three above a model's attention takes, with keys and values held in some dtype."""
+    if uses_cpu_kernels(cfg) and cfg.head_dim % 2 == 0 and cfg.head_dim <= cpu.MOST_HEAD:
+        return _attend_on_cpu
+    takes = triton_attention.takes(cfg.dtype, cfg.head_dim) and held == jnp.dtype(cfg.dtype)
+    if _implementation(cfg) == triton.NAME and takes:
+        return _attend_on_triton
+    return _attend
 
 
 def _run_layers(

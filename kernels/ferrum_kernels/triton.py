@@ -40,6 +40,11 @@ def interpreted(yes: bool = True) -> Iterator[None]:
         _interpret.reset(token)
 
 
+def is_interpreted() -> bool:
+    """Whether this is inside `interpreted`."""
+    return _interpret.get()
+
+
 def unavailable() -> str | None:
     """Why these kernels cannot run here, or None when they can."""
     if _interpret.get():
