@@ -97,7 +97,9 @@ def cache_of(cfg: ModelConfig, batch: int, context: int, slots: int) -> KVCache:
     return make()
 
 
-def measure(compiled: Any, params: Any, token: jax.Array, cache: KVCache, steps: int) -> tuple[float, jax.Array, KVCache]:
+def measure(
+    compiled: Any, params: Any, token: jax.Array, cache: KVCache, steps: int
+) -> tuple[float, jax.Array, KVCache]:
     """Median milliseconds of a step over five queues of steps."""
     times = []
     for turn in range(6):
@@ -110,7 +112,9 @@ def measure(compiled: Any, params: Any, token: jax.Array, cache: KVCache, steps:
     return statistics.median(times), token, cache
 
 
-def kernels(compiled: Any, params: Any, token: jax.Array, cache: KVCache, steps: int = 4) -> list[tuple[str, float, float]]:
+def kernels(
+    compiled: Any, params: Any, token: jax.Array, cache: KVCache, steps: int = 4
+) -> list[tuple[str, float, float]]:
     """(kernel, launches of a step, microseconds of a step) by time, the sum of all and the span first."""
     folder = tempfile.mkdtemp()
     with jax.profiler.trace(folder):
@@ -156,9 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_toml_config(args.config)
     layers = args.layers or cfg.num_layers
-    cfg = dataclasses.replace(
-        cfg, num_layers=layers, moe_layers=(), sliding_windows=(), lm_head_bits=args.lm_head_bits
-    )
+    cfg = dataclasses.replace(cfg, num_layers=layers, moe_layers=(), sliding_windows=(), lm_head_bits=args.lm_head_bits)
     began = time.perf_counter()
     params = jax.block_until_ready(random_tiles(cfg))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; weights in {time.perf_counter() - began:.1f} s")

@@ -57,7 +57,7 @@ def add_norm(
     stack, index = _stack(weight, layer, 1)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return pl.pallas_call(
-        functools.partial(_norm_kernel, d, eps),
+        functools.partial(_norm_kernel, d, eps, interpret),
         out_shape=(out, out),
         grid=(tokens,),
         compiler_params=plgpu.CompilerParams(num_warps=8 if d > 1024 else 4, num_stages=1),
@@ -66,12 +66,13 @@ def add_norm(
     )(x, y, stack, index)
 
 
-def _norm_kernel(d: int, eps: float, x: Any, y: Any, weight: Any, layer: Any, total: Any, normed: Any) -> None:
+def _norm_kernel(
+    d: int, eps: float, interpret: bool, x: Any, y: Any, weight: Any, layer: Any, total: Any, normed: Any
+) -> None:
     from jax.experimental import pallas as pl
 
-    row, lane = pl.program_id(0), jnp.arange(_power(d), dtype=jnp.int32)
-    here, width = lane < d, x.shape[-1]
-    lane = jnp.where(here, lane, width)
+    row = pl.program_id(0)
+    lane, here = _some(0, _power(d), d, interpret)
     summed = _sum(x, y, row, lane, here)
     scale = lax.rsqrt(jnp.sum(summed * summed) / d + eps)
     w = _load(weight, (layer[0], lane), here)
@@ -112,20 +113,14 @@ def add_norm_route(
     )(x, y, weights, routers, index)
 
 
-def _few_kernel(
-    d: int, experts: int, rows: int, columns: int, eps: float, interpret: bool, *refs: Any
-) -> None:
+def _few_kernel(d: int, experts: int, rows: int, columns: int, eps: float, interpret: bool, *refs: Any) -> None:
     """All inputs of some experts at once, a token after the other."""
     from jax.experimental import pallas as pl
 
     x, y, weight, router, layer, total, normed, logits = refs
     first = pl.program_id(0)
-    lane = jnp.arange(_power(d), dtype=jnp.int32)
-    here = lane < d
-    lane = jnp.where(here, lane, d)
-    column = first * columns + jnp.arange(columns, dtype=jnp.int32)
-    real = column < experts
-    column = jnp.where(real, column, experts)
+    lane, here = _some(0, _power(d), d, interpret)
+    column, real = _some(first * columns, columns, experts, interpret)
     at = jnp.broadcast_arrays(lane[:, None], column[None, :])
     matrix = _load(router, (layer[0], *at), here[:, None] & real[None, :])
     w = _load(weight, (layer[0], lane), here)
@@ -142,27 +137,19 @@ def _few_kernel(
         pl.when(first == 0)(keep)
 
 
-def _many_kernel(
-    d: int, experts: int, rows: int, columns: int, eps: float, interpret: bool, *refs: Any
-) -> None:
+def _many_kernel(d: int, experts: int, rows: int, columns: int, eps: float, interpret: bool, *refs: Any) -> None:
     """Some tokens times some experts on the matrix units, in steps over the inputs; twice over the stream."""
     from jax.experimental import pallas as pl
 
     x, y, weight, router, layer, total, normed, logits = refs
     first, tokens = pl.program_id(0), x.shape[0]
-    row = pl.program_id(1) * rows + jnp.arange(rows, dtype=jnp.int32)
-    column = first * columns + jnp.arange(columns, dtype=jnp.int32)
-    seen, real = row < tokens, column < experts
-    row, column = jnp.where(seen, row, tokens), jnp.where(real, column, experts)
+    row, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
+    column, real = _some(first * columns, columns, experts, interpret)
     size = min(128, max(16, _power(d)))
     steps = -(-d // size)
 
-    def inputs(i: Any) -> tuple[jax.Array, jax.Array]:
-        lane = i * size + jnp.arange(size, dtype=jnp.int32)
-        return jnp.where(lane < d, lane, d), lane < d
-
     def stream(i: Any) -> tuple[jax.Array, Any, jax.Array]:
-        lane, here = inputs(i)
+        lane, here = _some(i * size, size, d, interpret)
         at = tuple(jnp.broadcast_arrays(row[:, None], lane[None, :]))
         mask = seen[:, None] & here[None, :]
         return _sum(x, y, *at, mask), at, mask
@@ -175,7 +162,7 @@ def _many_kernel(
     scale = lax.rsqrt(lax.fori_loop(0, steps, squares, zero) / d + eps)
 
     def multiply(i: Any, sums: jax.Array) -> jax.Array:
-        lane, here = inputs(i)
+        lane, here = _some(i * size, size, d, interpret)
         summed, at, mask = stream(i)
         w = _load(weight, (layer[0], lane), here)
         norm = (summed * scale[:, None] * w[None, :]).astype(normed.dtype)
@@ -194,6 +181,13 @@ def _many_kernel(
     sums = lax.fori_loop(0, steps, multiply, jnp.zeros((rows, columns), jnp.float32))
     at = tuple(jnp.broadcast_arrays(row[:, None], column[None, :]))
     _store(logits, at, sums, seen[:, None] & real[None, :])
+
+
+def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """(indices, which of them exist)."""
+    index = start + jnp.arange(size, dtype=jnp.int32)
+    # The interpreter writes what a mask hides as well. Compiled, a changed index would cost the wide loads.
+    return (jnp.where(index < limit, index, limit) if interpret else index), index < limit
 
 
 def _sum(x: Any, y: Any, row: Any, lane: Any, mask: jax.Array) -> jax.Array:
