@@ -35,7 +35,7 @@ def test_layers_are_laid_out_one_by_one_as_the_whole_would_be(demo):
     tiled = fj.random_params(cfg, seed=3)
     whole = tile_all(fj.random_params(dataclasses.replace(cfg, implementation="xla"), seed=3))
     nodes = jax.tree.leaves(tiled, is_leaf=is_weight)
-    assert sum(isinstance(node, TiledLinear) for node in nodes) >= 6
+    assert sum(isinstance(node, TiledLinear) for node in nodes) == 4  # qkv, o, gate_up, down
     assert jax.tree.structure(tiled) == jax.tree.structure(whole)
     for one, other in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -98,6 +98,26 @@ def test_prompts_and_steps_with_its_attention_equal_the_portable_ones(demo, monk
     for found, expected in zip(mine, portable, strict=True):
         assert not (found == expected).all()
         assert relative(found, expected) < 2e-2
+
+
+def test_a_whole_model_equals_the_portable_one(demo):
+    cfg = demo[0]
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf,
+        fj.load("demo", quiet=True).params,
+    )
+    tokens, lengths = jnp.array([[11, 12, 13], [21, 22, 0]]), jnp.array([3, 2])
+
+    def logits(params, cfg):
+        first, cache = fj.prefill(params, tokens, lengths, fj.init_cache(cfg, batch=2, length=16), cfg)
+        last, _ = fj.decode_step(params, jnp.array([31, 32]), cache, cfg)
+        return [np.asarray(x, np.float64) for x in (first, last)]
+
+    portable = logits(params, dataclasses.replace(cfg, implementation="xla"))
+    with triton.interpreted():
+        mine = logits(tile_all(params), dataclasses.replace(cfg, implementation="triton"))
+    for found, expected in zip(mine, portable, strict=True):
+        assert relative(found, expected) < 1e-2
 
 
 def test_its_attention_is_chosen_where_activations_cache_and_heads_suit_it(demo):

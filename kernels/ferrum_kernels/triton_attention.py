@@ -52,6 +52,7 @@ def attention(
     window: Any,
     table: jax.Array | None = None,
     scales: Pair | None = None,
+    norm_layer: Any = None,
 ) -> tuple[jax.Array, Pair, Pair | None]:
     """Attention of some new tokens of each row over all that the row has read.
 
@@ -69,6 +70,7 @@ def attention(
       table: int32 [B, N], the page of each run of `page` positions; a page size is a power of two from 16. Where a row
         has nothing, any number may stand.
       scales: float32 [L, P, page, Kv] of keys and of values, for int8: value = code * scale.
+      norm_layer: index into norms that are stacks [L', h]; None where each is one vector.
 
     Returns:
       ([B, T, H * h] in q.dtype, pools, scales). A token past the row's capacity is not written.
@@ -85,7 +87,7 @@ def attention(
         )
     given = {"q": q, "k": k, "v": v}
     return _attention(
-        given, (heads, 0, 0, 0), norms, eps, cosine, sine, pools, layer, start, count, window, table, scales
+        given, (heads, 0, 0, 0), norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer
     )
 
 
@@ -102,6 +104,7 @@ def attention_fused(
     window: Any,
     table: jax.Array | None = None,
     scales: Pair | None = None,
+    norm_layer: Any = None,
 ) -> tuple[jax.Array, Pair, Pair | None]:
     """The same with queries, keys and values of one product, [B, T, (H + 2 Kv) * h] in this order."""
     kv_heads, h = pools[0].shape[-2:]
@@ -113,7 +116,9 @@ def attention_fused(
         )
     layout = (heads, 0, heads * h, (heads + kv_heads) * h)
     given = {"q": qkv}
-    return _attention(given, layout, norms, eps, cosine, sine, pools, layer, start, count, window, table, scales)
+    return _attention(
+        given, layout, norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer
+    )
 
 
 def _attention(
@@ -130,6 +135,7 @@ def _attention(
     window: Any,
     table: jax.Array | None,
     scales: Pair | None,
+    norm_layer: Any,
 ) -> tuple[jax.Array, Pair, Pair | None]:
     batch, tokens, _ = given["q"].shape
     heads, *columns = layout
@@ -149,6 +155,8 @@ def _attention(
     )
     s = dataclasses.replace(s, cut=decode_cut(s, batch) if tokens == 1 else prefill_cut(s, batch, tokens))
     scalars = {"layer": layer, "window": window}
+    if norms is not None and norm_layer is not None:
+        scalars["norm_layer"] = norm_layer
     named: dict[str, Any] = {name: jnp.reshape(jnp.asarray(x, jnp.int32), (1,)) for name, x in scalars.items()}
     named |= {"start": start, "count": count, "table": table, **given, "cosine": cosine, "sine": sine}
     named |= dict(zip(("q_norm", "k_norm"), norms or (None, None), strict=True))
@@ -283,7 +291,7 @@ def _write(s: Statics, named: Refs, cache: Refs) -> Refs:
     batch, tokens, _ = named["q"].shape
     block = min(16, 1 << (tokens - 1).bit_length())
     grid = (-(-tokens // block), s.kv_heads, batch)
-    names = ("layer", "start", "count", "table", "q", "k", "v", "k_norm", "cosine", "sine")
+    names = ("layer", "norm_layer", "start", "count", "table", "q", "k", "v", "k_norm", "cosine", "sine")
     given = {name: named[name] for name in names if name in named} | cache
     cut = Cut(warps=4, stages=1)
     kernel = functools.partial(write_kernel, block)

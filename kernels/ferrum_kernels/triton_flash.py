@@ -183,7 +183,8 @@ def rotated(
         square = jnp.sum(first * first + second * second, axis=1) / s.head_dim
         scale = lax.rsqrt(square + jnp.float32(s.eps))[:, None]
         norm = r[f"{name}_norm"]
-        weights = (read(norm, (lanes + shift,)).astype(jnp.float32)[None, :] for shift in (0, half))
+        at = (r["norm_layer"][0],) if "norm_layer" in r else ()
+        weights = (read(norm, (*at, lanes + shift)).astype(jnp.float32)[None, :] for shift in (0, half))
         first, second = (x * scale * w for x, w in zip((first, second), weights, strict=True))
     cosine, sine = (read(r[table], (row, token, lane), mask) for table in ("cosine", "sine"))
     return first * cosine - second * sine, second * cosine + first * sine
