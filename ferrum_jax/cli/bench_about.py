@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 import resource
 import sys
@@ -37,6 +38,7 @@ def about(options: Any, model: Model) -> dict[str, Any]:
         "dtype": model.cfg.dtype,
         "lm_head_bits": model.cfg.lm_head_bits,
         "implementation": _implementation(model),
+        "date": datetime.date.today().isoformat(),
         "device": _device(),
         "versions": _versions(),
     }
