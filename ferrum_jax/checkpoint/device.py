@@ -87,7 +87,7 @@ def units_of(tree: Any, plan: Plan | None = None) -> list[Unit]:
     top: list[Unit] = []
     stacked: list[tuple[int, Unit]] = []
     for node, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)):
-        keys = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
+        keys: list[Any] = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
         if keys[0] != "layers":
             source = None if plan is None else plan.top_sources[keys[0]]
             top.append(Unit(node, None, leaf, numbered[node], source))

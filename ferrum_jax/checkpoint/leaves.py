@@ -75,23 +75,22 @@ class LeafReader:
         Returns:
           Functions; the leaf is filled when all have been called. They raise what fill raises.
         """
-        if isinstance(source, Experts) and not isinstance(out, MixedStack):
-            return [
-                partial(self._experts, source, out, range(start, stop))
-                for start, stop in _pieces(len(source.experts), out)
-            ]
         if isinstance(source, Vector):
             return [partial(self._vector, source.name, out, rows) for rows in _pieces(out.shape[0], out)]
-        if isinstance(source, Linear) and not isinstance(out, PackedLinear):
+        if isinstance(source, Experts):
+            if isinstance(out, MixedStack):
+                return [partial(self.fill, source, out)]
+            pieces = _pieces(len(source.experts), out)
+            return [partial(self._experts, source, out, range(start, stop)) for start, stop in pieces]
+        if not isinstance(out, PackedLinear):
             return [
                 partial(self._dense, f"{module}.weight", out[:, columns], rows)
                 for module, columns in _columns(source)
                 for rows in _pieces(columns.stop - columns.start, out[:, columns])
             ]
-        if isinstance(source, Linear) and source.round_to is not None:
-            return [
-                partial(self._rounded, f"{source.modules[0]}.weight", out, rows) for rows in _pieces(sum(source.n), out)
-            ]
+        if source.round_to is not None:
+            name = f"{source.modules[0]}.weight"
+            return [partial(self._rounded, name, out, rows) for rows in _pieces(sum(source.n), out)]
         return [partial(self.fill, source, out)]
 
     def forget(self, sources: Any) -> None:

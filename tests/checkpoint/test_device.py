@@ -55,7 +55,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(folder: Path, **arguments: Any) -> fj.Model:
-    return fj.load(folder, **({"weight_cache": False, "quiet": True} | arguments))
+    options: dict[str, Any] = {"weight_cache": False, "quiet": True}
+    return fj.load(folder, **(options | arguments))
 
 
 def assert_same(one: Any, other: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -223,7 +224,7 @@ def test_operations_of_a_prompt() -> None:
 def test_a_cpu_has_no_ceiling_and_an_unknown_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ceilings() == Ceilings(None, None, None)
     assert bench_roofline._measured_bandwidth(2**16, 1) > 0
-    device = type("Device", (), {"device_kind": "NVIDIA A100", "platform": "gpu"})()
+    device = SimpleNamespace(device_kind="NVIDIA A100", platform="gpu")
     monkeypatch.setattr(bench_roofline, "_measured_bandwidth", lambda: 1.5e12)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert ceilings() == Ceilings(1.5e12, None, "measured")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,7 +74,7 @@ def test_a_checkpoint_is_written_loaded_and_the_same_again(tmp_path: Path, monke
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes(), name
     model = fj.load(tmp_path / "one", quiet=True)
     assert not model.report.warnings and model.cfg.num_layers == 2
-    logits = np.asarray(fj.forward(model.params, np.array([[5, 6, 7]]), model.cfg))
+    logits = np.asarray(fj.forward(model.params, jnp.array([[5, 6, 7]]), model.cfg))
     assert np.isfinite(logits).all() and logits.std() > 0.01
     assert model.tokenizer.decode(model.tokenizer.encode("a tale")) == "a tale"
     files = open_checkpoint(tmp_path / "one")
