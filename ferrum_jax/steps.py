@@ -21,7 +21,7 @@ from ferrum_jax.buckets import BucketedStep, CompileRecord
 from ferrum_jax.cache import KVCache
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.model import prefill
-from ferrum_jax.sampling import Sampled, SamplerPlan, sample_step
+from ferrum_jax.sampling import Sampled, SamplerPlan, SamplerState, sample_step
 
 LEAST_STOPS = 8  # room for a row's stop ids, so that most requests share a program
 
@@ -90,7 +90,7 @@ class Programs:
     def decode(self, count: int) -> BucketedStep:
         """The step of `count` decode steps in one dispatch."""
         if count not in self._decode_by_count:
-            function = functools.partial(self._decode, count)
+            function = functools.partial(decode_steps, self.cfg, self.plan, count)
             self._decode_by_count[count] = BucketedStep("decode", function, ("cache", "state"))
         return self._decode_by_count[count]
 
@@ -110,23 +110,48 @@ class Programs:
     def _sample(self, logits: Any, state: Any) -> Any:
         return sample_step(logits, state, self.plan)
 
-    def _decode(self, count: int, params: Any, going: Going, keep: Any, cache: KVCache, state: Any) -> Any:
-        """`count` steps for rows that go on and that the host has not ended; returns each step's Sampled, stacked."""
 
-        def step(carry: tuple, _: None) -> tuple[tuple, Sampled]:
-            rows, cache, state = carry
-            # A prefill of one token, or of none for rows that have ended: they route to no expert.
-            logits, cache = prefill(params, rows.token[:, None], rows.active, cache, self.cfg)
-            # Rows that ended have no logits of their own; zeros keep them finite.
-            sampled, state = sample_step(jnp.where((rows.active > 0)[:, None], logits, 0.0), state, self.plan)
-            return (rows.after(sampled), cache, state), sampled
+def decode_steps(
+    cfg: ModelConfig,
+    plan: SamplerPlan,
+    count: int,
+    params: Any,
+    going: Going,
+    keep: jax.Array,
+    cache: KVCache,
+    state: SamplerState,
+) -> tuple[Sampled, Going, KVCache, SamplerState]:
+    """Several decode steps, each on the tokens of the one before.
 
-        carry = dataclasses.replace(going, active=going.active * keep), cache, state
-        if count == 1:
-            carry, sampled = step(carry, None)
-            return jax.tree.map(lambda leaf: leaf[None], sampled), *carry
-        carry, sampled = lax.scan(step, carry, None, length=count)
-        return sampled, *carry
+    Args:
+      cfg: frozen configuration.
+      plan: of the sampler.
+      count: how many steps.
+      params: the model's pytree.
+      going: the rows.
+      keep: int32 [B], 0 for rows that the host has ended.
+      cache: donate it to have it written in place.
+      state: of the sampler.
+
+    Returns:
+      Each step's Sampled, leaves [count, B, ...], which mean nothing for rows that have ended; the rows, cache and
+      state after them.
+    """
+
+    def step(carry: tuple, _: None) -> tuple[tuple, Sampled]:
+        rows, cache, state = carry
+        # A prefill of one token, or of none for rows that have ended: they route to no expert.
+        logits, cache = prefill(params, rows.token[:, None], rows.active, cache, cfg)
+        # Rows that ended have no logits of their own; zeros keep them finite.
+        sampled, state = sample_step(jnp.where((rows.active > 0)[:, None], logits, 0.0), state, plan)
+        return (rows.after(sampled), cache, state), sampled
+
+    carry = dataclasses.replace(going, active=going.active * keep), cache, state
+    if count == 1:
+        carry, sampled = step(carry, None)
+        return jax.tree.map(lambda leaf: leaf[None], sampled), *carry
+    carry, sampled = lax.scan(step, carry, None, length=count)
+    return sampled, *carry
 
 
 class Steps:
