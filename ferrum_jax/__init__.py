@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ferrum_jax.moe import dispatch as dispatch
     from ferrum_jax.moe import moe_layer as moe_layer
     from ferrum_jax.moe import route as route
+    from ferrum_jax.paged import PagedCache as PagedCache
+    from ferrum_jax.paged import init_paged_cache as init_paged_cache
     from ferrum_jax.params import abstract as abstract
     from ferrum_jax.params import layer as layer
     from ferrum_jax.params import random_params as random_params
@@ -56,6 +58,7 @@ _NAMES = {
     "ferrum_jax.generation": ("Step", "generate", "stream_generate"),
     "ferrum_jax.model": ("decode_step", "forward", "prefill"),
     "ferrum_jax.moe": ("combine", "dispatch", "moe_layer", "route"),
+    "ferrum_jax.paged": ("PagedCache", "init_paged_cache"),
     "ferrum_jax.params": ("abstract", "layer", "random_params", "set_layer"),
     "ferrum_jax.sampling": ("SamplingParams", "sample"),
     "ferrum_jax.saving": ("load_params", "save_params"),

@@ -18,7 +18,7 @@ PRODUCT = [*ROOT.glob("ferrum_jax/**/*.py"), *ROOT.glob("kernels/ferrum_kernels/
 FLOORS = (
     {"errors"},
     {"buckets", "chat", "config", "kernels", "sampling", "tokenizer"},
-    {"cache", "layers", "moe", "params", "rope"},
+    {"cache", "layers", "moe", "paged", "params", "rope"},
     {"checkpoint", "model"},
     {"generation", "nnx", "saving"},
     {"cli"},
