@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ferrum_jax.buckets import Buckets, CompileRecord
+from ferrum_jax.budget import MemoryPlan, plan_memory, step_bytes
 from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.engine_steps import (
@@ -27,9 +28,11 @@ from ferrum_jax.engine_steps import (
     structure_of,
     union,
 )
+from ferrum_jax.environment import free_memory
 from ferrum_jax.errors import ConfigError, RequestError
 from ferrum_jax.generation import Prompt, Stats, Step
 from ferrum_jax.paged import PAGE
+from ferrum_jax.params import num_bytes
 from ferrum_jax.requests import Answer, limit_of, request_of, seeded, token_ids
 from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler
 from ferrum_jax.schedule import Schedule, Sequence
@@ -107,7 +110,8 @@ class Engine:
           page: tokens of a page.
           buckets: sizes to compile for. `prefill[-1]` is the most prompt tokens that a step reads between two tokens
             of the others.
-          cache_dtype: of keys and values, a float or "int8"; None means cfg.dtype.
+          cache_dtype: of keys and values, a float or "int8"; None means cfg.dtype, but float32 for bfloat16 on a CPU,
+            where XLA copies a whole pool of bfloat16 to write into it.
           plans: sampler stages to compile, from cheap to complete; a request that needs more is refused. None means
             greedy, drawing with filters, and everything.
           overlap: launch a step before the tokens of the last one are looked at, so that the device does not wait for
@@ -126,11 +130,21 @@ class Engine:
         if not self._plans:
             raise ConfigError("plans is empty; give at least SamplerPlan(), which is greedy.")
         self._longest = min(cfg.max_position, buckets.cache[-1])
-        pages = slots * -(-self._longest // page) if pages is None else pages
-        dtype = dtype_of_cache(cfg, cache_dtype)
-        self._shape = Shape(slots, pages, page, dtype.name, union(self._plans))
-        self._schedule = Schedule(slots, pages, page)
-        self._steps = steps_for(cfg, self._shape, structure_of(model.params))
+        narrow = cfg.dtype == "bfloat16" and jax.default_backend() == "cpu"
+        dtype = dtype_of_cache(cfg, "float32" if cache_dtype is None and narrow else cache_dtype)
+        whole = slots * -(-self._longest // page)
+        shape = Shape(slots, whole if pages is None else pages, page, dtype.name, union(self._plans))
+        structure = structure_of(model.params)
+        self._steps = steps_for(cfg, shape, structure)
+        if (free := free_memory()) is not None:
+            memory = self._plan_memory(free, shape)
+            if pages is None:
+                # Other programs use the host's memory too.
+                share = 0.5 if jax.default_backend() == "cpu" else 0.9
+                shape = dataclasses.replace(shape, pages=max(1, min(whole, int(memory.pages * share))))
+                self._steps = steps_for(cfg, shape, structure)
+            memory.check(shape.pages)
+        self._shape, self._schedule = shape, Schedule(slots, shape.pages, page)
         self._state = init_state(cfg, self._shape)
         self._overlap = jax.default_backend() != "cpu" if overlap is None else overlap
         self._flights: list[_Flight] = []
@@ -252,9 +266,27 @@ class Engine:
         return EngineLoad(len(now.running), len(now.queue), now.slots, *pages, now.preemptions)
 
     @property
+    def memory(self) -> MemoryPlan | None:
+        """What the device's free memory would hold besides; None where the device does not say."""
+        free = free_memory()
+        return None if free is None else self._plan_memory(free, self._shape)
+
+    @property
     def records(self) -> list[CompileRecord]:
         """Compilations so far of programs like this engine's, which engines of the same model and sizes share."""
         return self._steps.records
+
+    def _plan_memory(self, free: int, shape: Shape) -> MemoryPlan:
+        """What fits into so many bytes, with the largest step that there can be."""
+        cfg, most, slots = self._model.cfg, self._buckets.prefill[-1], shape.slots
+        shapes = [(slots, 1), *((rows, most // rows) for rows in self._buckets.batch if rows <= min(slots, most))]
+        steps = [step_bytes(cfg, rows, width, self._longest, paged=True) for rows, width in shapes]
+        steps += [record.temp_bytes or 0 for record in self._steps.records]
+        kept = jax.eval_shape(lambda: init_state(cfg, shape))
+        kept_bytes, name = num_bytes((kept.last, kept.sampler)), shape.dtype
+        return plan_memory(
+            cfg, free, page=shape.page, dtype=name, state_bytes=kept_bytes, loaded=True, temporary_bytes=max(steps)
+        )
 
     def _sampler_row(self, sequence: Sequence) -> Any:
         vocab, prompt = self._model.cfg.vocab_size, sequence.tokens[: sequence.prompt_tokens]

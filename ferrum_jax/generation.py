@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.buckets import BucketedStep, Buckets, CompileRecord
+from ferrum_jax.budget import check_cache
 from ferrum_jax.cache import KVCache, init_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.config import ModelConfig
@@ -285,14 +286,15 @@ class _Batch:
         steps = steps_for(cfg).of(params, plan)
         compiled_before = _compile_seconds(steps)
 
+        widest = self.buckets.prefill[-1]
+        check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))))
         state = init_sampler(requests, cfg.vocab_size, prompts, plan)
         cache = init_cache(cfg, batch, slots)
         logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         start = 0
         while start < lengths.max():
-            width = self.buckets.prefill[-1]
-            width = self.buckets.fit("prefill", min(int(lengths.max()) - start, width))
+            width = self.buckets.fit("prefill", min(int(lengths.max()) - start, widest))
             tokens = np.zeros((batch, width), np.int32)
             for row, prompt in enumerate(prompts):
                 piece = prompt[start : start + width]
