@@ -22,7 +22,7 @@ class Packed(nnx.Variable):
 class CausalLM(nnx.Module):
     """A decoder whose leaves are variables: `Packed` inside packed weights, `nnx.Param` everywhere else.
 
-    Paths in `nnx.state` are those of the pytree, such as ("layers", 0, "attn", "q", "scales"). Nothing is copied.
+    Paths in `nnx.state` are those of the pytree, such as ("layers", 0, "attn", "qkv", "scales"). Nothing is copied.
 
     Args:
       cfg: frozen configuration, static.

@@ -14,7 +14,7 @@ from ferrum_jax.checkpoint.files import CheckpointFiles, TensorReader
 from ferrum_jax.errors import CheckpointError, ShapeError
 from ferrum_jax.kernels import GptqTensors, MixedStack, PackedLinear, from_gptq
 from ferrum_jax.progress import Progress
-from ferrum_jax.sources import Experts, Linear, Vector
+from ferrum_jax.sources import Experts, Joined, Linear, Vector
 from ferrum_kernels.bits import pack, unpack
 from ferrum_kernels.rounding import round_to_nearest
 
@@ -41,7 +41,7 @@ class LeafReader:
         """Read one leaf.
 
         Args:
-          source: Vector, Linear or Experts.
+          source: Vector, Joined, Linear or Experts.
           out: the leaf, an array, PackedLinear or MixedStack, with writable numpy arrays and no layer axis.
 
         Raises:
@@ -49,6 +49,11 @@ class LeafReader:
         """
         if isinstance(source, Vector):
             self._vector(source.name, out)
+        elif isinstance(source, Joined):
+            start = 0
+            for part in source.parts:
+                self._vector(part.name, out[start : start + part.shape[0]])
+                start += part.shape[0]
         elif isinstance(source, Linear):
             self._linear(source, out)
         else:
@@ -62,7 +67,7 @@ class LeafReader:
         """Let the system drop the tensors of a layer from its file cache.
 
         Args:
-          sources: a tree of Vector, Linear and Experts.
+          sources: a tree of Vector, Joined, Linear and Experts.
         """
         self.reader.forget(self.dialect.names[name] for name in _names(sources) if name in self.dialect.names)
 
@@ -168,6 +173,8 @@ def _names(sources: Any) -> Iterator[str]:
     elif isinstance(sources, Experts):
         for expert in sources.experts:
             yield from _names(expert)
+    elif isinstance(sources, Joined):
+        yield from (part.name for part in sources.parts)
     elif isinstance(sources, Linear):
         yield from (f"{module}.{field}" for module in sources.modules for field in ("weight", "qweight", "scales"))
     else:

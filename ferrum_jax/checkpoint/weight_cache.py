@@ -220,7 +220,7 @@ def _layout(tree: Any, metadata: dict[str, str]) -> _Layout:
 
 
 def _name(path: Any) -> str:
-    """A leaf's name in the file, such as "layers.0.attn.q.qweight"."""
+    """A leaf's name in the file, such as "layers.0.attn.qkv.qweight"."""
     return ".".join(re.findall(r"\w+", jax.tree_util.keystr(path)))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton_route
+from ferrum_kernels import triton_route, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.packed import PackedLinear
@@ -38,6 +38,11 @@ def interpreted(yes: bool = True) -> Iterator[None]:
         yield
     finally:
         _interpret.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether this is inside `interpreted`."""
+    return _interpret.get()
 
 
 def unavailable() -> str | None:
@@ -114,6 +119,9 @@ def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax
     m = x.shape[0]
     if w.perm is not None:
         x = jnp.take(x, w.perm if index is None else w.perm[index], axis=-1)
+    if m <= triton_rows.MOST:
+        cut = triton_rows.fit(triton_rows.Cut(), w.num_blocks)
+        return triton_rows.product(padded(x, w), w, index, cut, out_dtype, _interpret.get())[:, : w.n_per_expert]
     block, tile = row_tile(m)
     tile = fit(tile, w.words.shape[-2], w.num_blocks)
     y = product(padded(x, w), w, index, Rows(block), -(-m // block), m, tile, out_dtype, interpret=_interpret.get())

@@ -144,7 +144,7 @@ DAMAGE = {
     "header": flip(300),
     "embedding": flip_in("embed"),
     "words of experts": flip_in("layers.0.moe.experts.down.qweight"),
-    "scales": flip_in("layers.0.attn.q.scales"),
+    "scales": flip_in("layers.0.attn.qkv.scales"),
     "norm": flip_in("norm"),
     "checksum of a leaf": flip(-16),
     "checksum of the header": flip(-1),
