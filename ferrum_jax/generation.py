@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.buckets import Buckets
+from ferrum_jax.budget import check_cache
 from ferrum_jax.cache import init_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.errors import BackendError, CapacityError, RequestError
@@ -241,14 +242,15 @@ class _Batch:
         programs = steps_for(cfg).of(params, plan)
         compiled_before = programs.compile_seconds()
 
+        widest = self.buckets.prefill[-1]
+        check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))))
         state = init_sampler(requests, cfg.vocab_size, prompts, plan)
         cache = init_cache(cfg, batch, slots)
         logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         start = 0
         while start < lengths.max():
-            width = self.buckets.prefill[-1]
-            width = self.buckets.fit("prefill", min(int(lengths.max()) - start, width))
+            width = self.buckets.fit("prefill", min(int(lengths.max()) - start, widest))
             tokens = np.zeros((batch, width), np.int32)
             for row, prompt in enumerate(prompts):
                 piece = prompt[start : start + width]

@@ -78,13 +78,23 @@ def test_weights_in_the_layout_of_the_file_are_refused(demo):
         )
 
 
-def test_prompts_and_steps_with_its_attention_equal_the_portable_ones(demo, monkeypatch):
-    cfg = dataclasses.replace(demo[0], implementation="xla")
+CACHES = {
+    "contiguous": lambda cfg: fj.init_cache(cfg, batch=2, length=24),
+    "codes in pages": lambda cfg: dataclasses.replace(
+        fj.init_paged_cache(cfg, batch=2, pages=5, length=32, dtype="int8"), table=jnp.array([[3, 1], [0, -1]])
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_prompts_and_steps_with_its_attention_equal_the_portable_ones(demo, monkeypatch, kind):
+    cfg = dataclasses.replace(demo[0], implementation="xla", num_layers=1, moe_layers=(True,), sliding_windows=(None,))
     params = fj.load("demo", quiet=True).params
+    params = {**params, "layers": tuple(jax.tree.map(lambda leaf: leaf[:1], run) for run in params["layers"])}
     tokens, lengths = jnp.array([[11, 12, 13, 14, 15], [21, 22, 0, 0, 0]]), jnp.array([5, 2])
 
     def logits():
-        cache = fj.init_cache(cfg, batch=2, length=24)
+        cache = CACHES[kind](cfg)
         first, cache = fj.prefill(params, tokens, lengths, cache, cfg)
         more, cache = fj.prefill(params, tokens[:, :3], jnp.array([0, 3]), cache, cfg)
         last, cache = fj.decode_step(params, jnp.array([31, 32]), cache, cfg)
@@ -122,9 +132,18 @@ def test_a_whole_model_equals_the_portable_one(demo):
 
 def test_its_attention_is_chosen_where_activations_cache_and_heads_suit_it(demo):
     cfg = dataclasses.replace(demo[0], implementation="triton")
-    of = model._attention_of
-    assert of(cfg, jnp.dtype("bfloat16")) is model._attend_on_triton
-    assert of(cfg, jnp.dtype("float32")) is model._attend
-    assert of(dataclasses.replace(cfg, dtype="float32"), jnp.dtype("float32")) is model._attend
-    assert of(dataclasses.replace(cfg, head_dim=48), jnp.dtype("bfloat16")) is model._attend
-    assert of(dataclasses.replace(cfg, implementation="xla"), jnp.dtype("bfloat16")) is model._attend
+
+    def of(dtype=None, page=None, **changes):
+        other = dataclasses.replace(cfg, **changes)
+        new = (
+            fj.init_cache(other, 1, 32, dtype) if page is None else fj.init_paged_cache(other, 1, 2, page, dtype=dtype)
+        )
+        return model._attention_of(other, new)
+
+    kernels = [of(), of("int8"), of(page=16), of("int8", page=32)]
+    portable = [of("float32"), of(dtype="float32", page=16), of(page=8), of(page=24), of(head_dim=48)]
+    assert kernels == [model._attend_on_triton] * 4 and portable == [model._attend] * 5
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    assert of() is of("bfloat16") is model._attend
+    cfg = dataclasses.replace(cfg, dtype="bfloat16", implementation="xla")
+    assert of() is model._attend
