@@ -139,3 +139,41 @@ def test_options_of_a_gpu_are_refused_without_one():
     )
     assert ended.returncode == 2
     assert "error: --check and --routing are for the kernels of an NVIDIA GPU" in ended.stderr
+
+
+def result_file(folder, **more):
+    rows = [
+        {"tokens": t, "microseconds": 20.0 * t, "floor_microseconds": 9.0 * t, "marlin_microseconds": 30.0 * t}
+        for t in (1, 8, 64)
+    ]
+    found = {"device": "NVIDIA H100 80GB HBM3", "jax": "0.11.2", "config": "mixtral-8x7b.toml", "routing": "uniform"}
+    file = folder / "result.json"
+    file.write_text(json.dumps({**found, "rows": rows, **more}))
+    return file
+
+
+def test_the_plot_of_a_result_is_the_same_each_time(tmp_path, capsys):
+    plot = script("plot_moe_layer")
+    result = result_file(tmp_path, date="2026-11-27")
+    for name in ("a.svg", "b.svg"):
+        plot.main([str(result), "--out", str(tmp_path / name)])
+    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
+    figure = plot.draw(json.loads(result.read_text()))
+    [axes] = figure.axes
+    measured = axes.lines[-1]
+    assert (list(measured.get_xdata()), list(measured.get_ydata())) == ([1, 8, 64], [20.0, 160.0, 1280.0])
+    said = [text.get_text() for text in axes.texts]
+    assert said.count("1.50x") == 3
+    assert "NVIDIA H100 80GB HBM3, jax 0.11.2, 2026-11-27; lower is better" in said
+    assert axes.get_title(loc="left") == "One expert layer of Mixtral-8x7B"
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "a.svg"), str(tmp_path / "b.svg")]
+
+
+@pytest.mark.parametrize("text", ["", "not json", '{"rows": [{"tokens": 1, "milliseconds": 2.0}]}'])
+def test_what_is_no_result_is_not_drawn(tmp_path, capsys, text):
+    file = tmp_path / "cpu.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        script("plot_moe_layer").main([str(file), "--out", str(tmp_path / "none.svg")])
+    assert f"{file} is not what moe_layer.py --json prints on a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "none.svg").exists()
