@@ -132,7 +132,8 @@ def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, rou
     takes memory that held NaN.
 
     Raises:
-      ValueError: the error is larger than two roundings make it, a number is not finite, or a second run differs.
+      ValueError: the error is larger than two roundings make it, a number is not finite, a second run differs, or other
+        experts than the best were chosen.
     """
     up, down = stacks
     layers, experts = up.lead
@@ -140,22 +141,23 @@ def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, rou
     at = int(rng.integers(layers))
     logits = jnp.asarray(route_logits(rng, count, experts, routing))
     x = jnp.asarray(rng.standard_normal((count, up.k)), dtype)
-    ids = np.argsort(-np.asarray(logits), axis=-1, kind="stable")[:, :top_k]
-    dead = np.ones((layers, experts, 1, 1), bool)
-    dead[at, np.unique(ids)] = False
 
     @jax.jit
-    def run(x: jax.Array, logits: jax.Array, dead: jax.Array, up: TiledLinear, down: TiledLinear) -> jax.Array:
+    def run(x: jax.Array, logits: jax.Array, up: TiledLinear, down: TiledLinear) -> tuple[jax.Array, jax.Array]:
+        ids, weights, live, counts = triton.route(logits, None, top_k, True)
+        dead = jnp.ones((layers, experts, 1, 1), bool).at[at, ids.reshape(-1)].set(False)
         up, down = (dataclasses.replace(w, scales=jnp.where(dead, jnp.nan, w.scales)) for w in (up, down))
-        _, weights, live, counts = triton.route(logits, None, top_k, True)
-        return triton.experts(x, live, weights, counts, up, down, at)
+        return triton.experts(x, live, weights, counts, up, down, at), ids
 
     for shape in ((count * top_k, down.k), (count * top_k, up.k), (count, up.k)):
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32)).delete()
-    y = run(x, logits, jnp.asarray(dead), up, down)
-    again = run(x, logits, jnp.asarray(dead), up, down)
+    y, ids = run(x, logits, up, down)
+    again, _ = run(x, logits, up, down)
+    best, _ = jax.lax.top_k(logits, top_k)
+    if not bool(jnp.allclose(jnp.take_along_axis(logits, ids, axis=1), best, atol=1e-4)):
+        raise ValueError(f"{count} tokens, {routing} routing: the chosen experts are not the best.")
     some = rng.permutation(count)[:CHECKED]
-    expected = _float32(up, down, at, x[some], logits[some], ids[some])
+    expected = _float32(up, down, at, x[some], logits[some], np.asarray(ids)[some])
     error = float(jnp.linalg.norm(y[some].astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
     if not bool(jnp.isfinite(y).all()):
         raise ValueError(f"{count} tokens, {routing} routing: the result holds a number that is not finite.")
