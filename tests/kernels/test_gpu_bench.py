@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ferrum_kernels import triton
@@ -177,3 +178,61 @@ def test_what_is_no_result_is_not_drawn(tmp_path, capsys, text):
         script("plot_moe_layer").main([str(file), "--out", str(tmp_path / "none.svg")])
     assert f"{file} is not what moe_layer.py --json prints on a GPU" in capsys.readouterr().err
     assert not (tmp_path / "none.svg").exists()
+
+
+NCU = """==PROF== Connected to process 12
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread","{a}","{b}","{c}"
+"","","nsecond","Mbyte","register/thread","inst","inst","inst"
+"0","gptq_gated","10,400","20.8","168","3.0","1.0","0"
+"1","input_reduce_fusion(float *)","2000","n/a","32","0","0","0"
+==PROF== Disconnected from process 12
+"""
+
+
+def test_counters_are_read_from_ncu():
+    counters = script("counters")
+    names = ("long_scoreboard", "barrier", "wait")
+    text = NCU.format(**{k: f"{counters.STALLS}{n}_per_issue_active.ratio" for k, n in zip("abc", names, strict=True)})
+    gated, total = counters.parse(text)
+    assert (gated["kernel"], gated["microseconds"], gated["registers"]) == ("gptq_gated", 10.4, 168.0)
+    assert gated["terabytes_per_second"] == pytest.approx(2.0)
+    assert gated["stalls"] == {"long_scoreboard": 0.75, "barrier": 0.25}
+    assert gated["dram_percent"] is None  # not asked for in this table
+    assert (total["kernel"], total["microseconds"], total["stalls"]) == ("input_reduce_fusion", 2.0, {})
+    shown = counters.line(gated)
+    assert len(shown.split("  long")[0]) == len(counters.header().split("  waits")[0])
+    assert shown.startswith("gptq_gated          10.4  2.00      -")
+    assert shown.endswith("long_scoreboard 75%, barrier 25%")
+    with pytest.raises(ValueError, match="ncu printed no table"):
+        counters.parse("==ERROR== no permission\n")
+
+
+def test_without_ncu_or_its_permission_it_says_so(tmp_path, monkeypatch, capsys):
+    counters = script("counters")
+    assert counters.main(["--ncu", str(tmp_path / "ncu")]) == 3
+    assert "ncu is not on the path; it comes with CUDA as Nsight Compute." in capsys.readouterr().err
+    program = tmp_path / "ncu"
+    program.write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM'\nexit 1\n")
+    program.chmod(0o755)
+    assert counters.main(["--ncu", str(program), "--tokens", "8"]) == 1
+    assert "8 tokens: ncu printed no table; it ended with 1:\n==ERROR== ERR_NVGPUCTRPERM" in capsys.readouterr().err
+
+
+@ignore_deprecation
+@needs_pallas
+def test_what_the_sanitizer_watches_is_right():
+    small = script("small_shapes")
+    rng = np.random.default_rng(0)
+    with triton.interpreted():
+        for run, dialect, rows in ((small.product, small.DIALECTS[4], 5), (small.grouped, small.DIALECTS[0], 9)):
+            assert run(rng, dialect, rows) <= small.LARGEST_ERROR
+        assert small.layer(rng, small.DIALECTS[3], 3) <= small.LARGEST_ERROR
+    kinds = {(dialect, run.__name__) for run, dialect, _ in small.cases()}
+    assert {dialect for dialect, _ in kinds} == set(small.DIALECTS)
+    assert {name for _, name in kinds} == {"product", "grouped", "layer"}
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="what is said without a GPU")
+def test_the_sanitizer_has_nothing_to_watch_without_a_gpu(capsys):
+    assert script("small_shapes").main() == 3
+    assert "error: these are the kernels of an NVIDIA GPU: it needs an NVIDIA GPU" in capsys.readouterr().err
