@@ -139,7 +139,7 @@ def check_layer(rng, made, tokens, load):
     poison((tokens * top_k, F), (tokens * top_k, D), (tokens, D))
     ids, weights, y = run(x, logits, stacks)
     best, _ = jax.lax.top_k(logits, top_k)
-    np.testing.assert_allclose(np.take_along_axis(logits, ids, 1), best, atol=1e-4)
+    np.testing.assert_allclose(jnp.take_along_axis(logits, ids, 1), best, atol=1e-4)
     some = rng.permutation(tokens)[:40]
     picked = np.asarray(x)[some], np.asarray(ids)[some], np.asarray(weights)[some]
     assert np.isfinite(np.asarray(y, np.float32)).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import jax
 import pytest
@@ -77,7 +78,7 @@ def test_a_run_measures_what_is_left_and_stops_in_time(tmp_path):
 
 def test_the_fastest_is_chosen_and_ties_go_to_the_smaller():
     up = [case for case in CASES if case.product == "up" and case.load == 32]
-    results = {case.key: 5.0 for case in up}
+    results: dict[str, Any] = {case.key: 5.0 for case in up}
     assert tune_cases.best(up[::-1], results) == (min(up, key=lambda case: case.cut), 5.0)
     results[up[3].key], results[up[4].key] = 4.02, 4.01  # the same to a tenth
     assert tune_cases.best(up, results)[0] == min(up[3:5], key=lambda case: case.cut)
