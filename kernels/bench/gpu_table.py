@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gpu_state
@@ -37,7 +37,9 @@ MARLIN = {
 }
 READ = {"H200": 4.65e12, "H100": 3.1e12}  # bytes a second of a plain read, measured
 PRODUCTS = 790e12  # bfloat16 operations a second of a large product, measured
-LARGEST_ERROR = 2.9e-3  # of a layer in bfloat16: the gated rows and the result are rounded
+# Of a layer in bfloat16, whose gated rows and result are rounded, and with many pairs each pair's output as well. One
+# rounding is 1.7e-3, they are independent, and few numbers scatter.
+LARGEST_ERROR, OF_MANY_PAIRS = 2.9e-3, 3.3e-3
 CHECKED = 32  # tokens whose result is compared
 
 
@@ -90,14 +92,7 @@ def rows(
         step = jax.jit(run).lower(x, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
         error = checked(stacks, count, top_k, routing, cfg.dtype) if check else None
-        jax.block_until_ready(step(x, logits, stacks))
-        took = []
-        for _ in range(repeats):
-            began, calls = time.perf_counter(), 5
-            for _ in range(calls):
-                y = step(x, logits, stacks)
-            jax.block_until_ready(y)
-            took.append((time.perf_counter() - began) / calls / layers * 1e6)
+        took = [seconds / layers * 1e6 for seconds in times(step, (x, logits, stacks), repeats)]
         clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(x, logits, stacks)))  # noqa: B023
         chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
         live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
@@ -123,6 +118,22 @@ def rows(
             "clocks": clocks,
             "cut": [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in _cut(count, cfg)],
         }
+
+
+def times(step: Callable[..., Any], arguments: Sequence[Any], repeats: int, seconds: float = 0.01) -> list[float]:
+    """Seconds per call, two to 50 calls queued behind each other, about `seconds` of work."""
+    jax.block_until_ready(step(*arguments))
+    began = time.perf_counter()
+    jax.block_until_ready(step(*arguments))
+    calls = int(min(50, max(2, seconds / (time.perf_counter() - began))))
+    took = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(calls):
+            y = step(*arguments)
+        jax.block_until_ready(y)
+        took.append((time.perf_counter() - began) / calls)
+    return took
 
 
 def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, routing: str, dtype: Any) -> float:
@@ -161,11 +172,16 @@ def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, rou
     error = float(jnp.linalg.norm(y[some].astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
     if not bool(jnp.isfinite(y).all()):
         raise ValueError(f"{count} tokens, {routing} routing: the result holds a number that is not finite.")
-    if not error <= LARGEST_ERROR:
-        raise ValueError(f"{count} tokens, {routing} routing: the relative error is {error:.1e}, over {LARGEST_ERROR}.")
+    if not error <= (most := largest_error(count * top_k)):
+        raise ValueError(f"{count} tokens, {routing} routing: the relative error is {error:.1e}, over {most}.")
     if not bool((y == again).all()):
         raise ValueError(f"{count} tokens, {routing} routing: a second run on the same inputs differs.")
     return error
+
+
+def largest_error(pairs: int) -> float:
+    """What roundings to bfloat16 explain of a layer's relative error."""
+    return OF_MANY_PAIRS if pairs >= triton.MANY_PAIRS else LARGEST_ERROR
 
 
 def _float32(

@@ -79,7 +79,7 @@ def left(cases: Sequence[Case], log: Log) -> list[Case]:
 def run(
     cases: Sequence[Case],
     log: Log,
-    compile_one: Callable[[Case], Callable[[], float | str]],
+    lower: Callable[[Case], Callable[[], Callable[[], float | str]]],
     *,
     seconds: float,
     threads: int,
@@ -90,33 +90,24 @@ def run(
     Args:
       cases: all candidates.
       log: results so far; gets the new ones.
-      compile_one: makes the function that times a case; called in threads.
+      lower: traces a case and gives the function that compiles it, which gives the one that times it.
       seconds: start no further batch after so many.
-      threads: of the pool, and a quarter of a batch.
+      threads: that compile, and a quarter of a batch.
       report: called after each case.
 
     Returns:
       How many cases are still without a result.
     """
     end = time.monotonic() + seconds
-
-    def prepared(case: Case) -> Callable[[], float | str]:
-        try:
-            return compile_one(case)
-        except Exception as error:  # a tile that the compiler refuses is a result
-            text = f"{type(error).__name__}: {error}"[:200]
-            return lambda: text
-
     with ThreadPoolExecutor(threads) as pool:
         todo = left(cases, log)
         while todo and time.monotonic() < end:
             batch, todo = todo[: 4 * threads], todo[4 * threads :]
-            # Timing starts when no thread compiles any more: the host must be free to queue work.
-            for case, timed in list(zip(batch, pool.map(prepared, batch), strict=True)):
-                try:
-                    result = timed()
-                except Exception as error:
-                    result = f"{type(error).__name__}: {error}"[:200]
+            # Tracing holds the interpreter, compiling does not. Timing starts when all of that is over, as the host
+            # must be free to queue work.
+            compiling = [pool.submit(_try, _try(lower, case)) for case in batch]
+            for case, timed in zip(batch, [future.result() for future in compiling], strict=True):
+                result = _try(timed)
                 log.add(case, result)
                 report(case, result)
                 if time.monotonic() > end:
@@ -124,25 +115,41 @@ def run(
     return len(left(cases, log))
 
 
-def timer(options: argparse.Namespace, d: int, f: int, experts: int) -> Callable[[Case], Callable[[], float | str]]:
-    """Compiles a case and gives what times it, in microseconds per kernel."""
+def _try(step: Any, *arguments: Any) -> Any:
+    """What a step gives; a text where it, or the step that should have made it, failed: that is a result, too."""
+    if isinstance(step, str):
+        return step
+    try:
+        return step(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+
+
+def timer(options: argparse.Namespace, d: int, f: int, experts: int) -> Callable[[Case], Any]:
+    """Lowers a case; see `run`. Times are microseconds per kernel."""
+    import gpu_table
     import tune_device
 
     bench = tune_device.Bench(d, f, experts, options.layers)
 
-    def compile_one(case: Case) -> Callable[[], float | str]:
+    def lower(case: Case) -> Callable[[], Callable[[], float | str]]:
         program = bench.program(case)
-        compiled = program.step.lower(*program.arguments).compile()
+        lowered = program.step.lower(*program.arguments)
 
-        def timed() -> float | str:
-            if (error := program.error(compiled(*program.arguments))) > tune_device.LARGEST_ERROR:
-                return f"relative error {error:.1e}"
-            took = tune_device.times(compiled, program.arguments, options.repeats)
-            return statistics.median(took) * 1e6 / program.kernels
+        def compile_it() -> Callable[[], float | str]:
+            compiled = lowered.compile()
 
-        return timed
+            def timed() -> float | str:
+                if (error := program.error(compiled(*program.arguments))) > tune_device.LARGEST_ERROR:
+                    return f"relative error {error:.1e}"
+                took = gpu_table.times(compiled, program.arguments, options.repeats, tune_device.SECONDS)
+                return statistics.median(took) * 1e6 / program.kernels
 
-    return compile_one
+            return timed
+
+        return compile_it
+
+    return lower
 
 
 def make_table(
@@ -234,6 +241,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     parser.add_argument("--log", type=Path, default=ROOT / ".cache" / "tune.jsonl", help="results; a later run goes on")
     parser.add_argument("--out", type=Path, default=None, help="instead of the device's file in ferrum_kernels/tuned")
+    parser.add_argument("--near", action="store_true", help="only candidates near the entries of the present table")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     return parser.parse_args(arguments)
@@ -245,11 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
 
     from ferrum_jax.config_file import load_toml_config
-    from ferrum_kernels import triton
+    from ferrum_kernels import triton, triton_tiles
 
     cfg = load_toml_config(options.config)
     d, f, experts = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
     cases = cases_of.expert_cases(d, f, experts, options.loads) + cases_of.row_cases(options.rows)
+    if options.near:
+        cases = cases_of.near(cases, triton_tiles.table(jax.devices()[0].device_kind), experts)
     log = Log(options.log, source_of_kernels())
     todo = len(left(cases, log))
     if options.dry_run:

@@ -112,6 +112,23 @@ def row_cases(rows: Sequence[int], shapes: Sequence[tuple[int, int]] = ROW_SHAPE
     return cases
 
 
+def near(cases: Sequence[Case], table: Mapping[str, Any], experts: int) -> list[Case]:
+    """The cases that differ from the table's entry for their load in at most two of its five numbers."""
+
+    def entry(case: Case) -> Sequence[int]:
+        single = case.product == "rows"
+        load = case.load if single else case.load / experts
+        rows = table["rows" if single else "experts"]
+        row = next(row for row in rows if row["load"] is None or load <= row["load"])
+        return row["tile" if single else case.product]
+
+    return [
+        case
+        for case in cases
+        if case.product == "place" or sum(a != b for a, b in zip(case.cut, entry(case), strict=True)) <= 2
+    ]
+
+
 def pairs_of(load: float, experts: int) -> int:
     """Pairs that give so many per expert."""
     return max(1, round(load * experts))

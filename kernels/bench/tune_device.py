@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -226,19 +225,3 @@ def relative(actual: jax.Array, expected: jax.Array) -> float:
     """||actual - expected|| / ||expected||; infinite where it is not a number."""
     error = float(_relative(actual, expected))
     return error if error == error else float("inf")
-
-
-def times(step: Callable[..., Any], arguments: Sequence[Any], repeats: int) -> list[float]:
-    """Seconds per call, calls queued behind each other."""
-    jax.block_until_ready(step(*arguments))
-    began = time.perf_counter()
-    jax.block_until_ready(step(*arguments))
-    calls = int(min(50, max(2, SECONDS / (time.perf_counter() - began))))
-    took = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(calls):
-            y = step(*arguments)
-        jax.block_until_ready(y)
-        took.append((time.perf_counter() - began) / calls)
-    return took

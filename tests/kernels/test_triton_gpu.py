@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_config
 from tests.support.triton_cases import expert_layer, ignore_deprecation, relative
 
 pytestmark = [pytest.mark.gpu, ignore_deprecation]
-ONE_ROUNDING, TWO_ROUNDINGS = 2e-3, 2.9e-3
+ONE_ROUNDING, TWO_ROUNDINGS, THREE_ROUNDINGS = 2e-3, 2.9e-3, 3.3e-3
 E, K, D, F = 16, 4, 512, 256
 
 
@@ -143,7 +143,9 @@ def check_layer(rng, made, tokens, load):
     some = rng.permutation(tokens)[:40]
     picked = np.asarray(x)[some], np.asarray(ids)[some], np.asarray(weights)[some]
     assert np.isfinite(np.asarray(y, np.float32)).all()
-    assert relative(np.asarray(y)[some], expert_layer(*picked, dense_up, dense_down)) < TWO_ROUNDINGS
+    # Of many pairs each one's output is rounded as well.
+    most = THREE_ROUNDINGS if tokens * top_k >= triton.MANY_PAIRS else TWO_ROUNDINGS
+    assert relative(np.asarray(y)[some], expert_layer(*picked, dense_up, dense_down)) < most
     assert (run(x, logits, stacks)[2] == y).all()
 
 
@@ -188,4 +190,4 @@ def test_a_layer_of_qwen3_30b_a3b(routing):
     up = gpu_table.random_stack(1, (layers, experts), hidden, 2 * intermediate, 128)
     down = gpu_table.random_stack(2, (layers, experts), intermediate, hidden, 128)
     for tokens in (1, 8, 64, 1024, 4096) if routing == "uniform" else (64, 1024):
-        assert gpu_table.checked((up, down), tokens, top_k, routing, jnp.bfloat16) <= gpu_table.LARGEST_ERROR
+        assert gpu_table.checked((up, down), tokens, top_k, routing, jnp.bfloat16) <= THREE_ROUNDINGS

@@ -61,19 +61,26 @@ def test_a_run_measures_what_is_left_and_stops_in_time(tmp_path):
     log, seen = tune.Log(tmp_path / "log.jsonl", "a"), []
     log.add(CASES[0], 1.0)
 
-    def compile_one(case):
+    def lower(case):
         if case == CASES[1]:
-            raise RuntimeError("out of shared memory")
-        return lambda: 3.0
+            raise RuntimeError("no such tile")
+
+        def compile_it():
+            if case == CASES[2]:
+                raise MemoryError("out of shared memory")
+            return lambda: 3.0
+
+        return compile_it
 
     def run(seconds):
         report = lambda case, result: seen.append((case, result))  # noqa: E731
-        return tune.run(CASES[:4], log, compile_one, seconds=seconds, threads=2, report=report)
+        return tune.run(CASES[:4], log, lower, seconds=seconds, threads=2, report=report)
 
     assert run(seconds=0) == 3
     assert seen == []
     assert run(seconds=60) == 0
-    assert seen == [(CASES[1], "RuntimeError: out of shared memory"), (CASES[2], 3.0), (CASES[3], 3.0)]
+    failed = ["RuntimeError: no such tile", "MemoryError: out of shared memory"]
+    assert seen == list(zip(CASES[1:4], [*failed, 3.0], strict=True))
 
 
 def test_the_fastest_is_chosen_and_ties_go_to_the_smaller():
@@ -131,6 +138,21 @@ def test_the_table_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch
     assert (kept["experts"], kept["rows"]) == (old["experts"], old["rows"])
 
 
+def test_near_candidates_are_the_present_entry_and_its_neighbours():
+    table = json.loads((tune.TUNED / "nvidia-h100.json").read_text())
+    cases = tune_cases.expert_cases(2048, 768, 128, tune_cases.LOADS) + tune_cases.row_cases(tune_cases.ROWS)
+    few = tune_cases.near(cases, table, 128)
+    assert {case.load for case in few} == {case.load for case in cases}
+    assert len(few) < len(cases) / 2
+    for case in few:
+        load = case.load / 128 if case.product in ("up", "down") else case.load
+        rows = table["rows" if case.product == "rows" else "experts"]
+        [entry, *_] = [row for row in rows if row["load"] is None or load <= row["load"]]
+        if case.product != "place":
+            tile = entry["tile" if case.product == "rows" else case.product]
+            assert sum(a != b for a, b in zip(case.cut, tile, strict=True)) <= 2
+
+
 def test_the_shipped_table_is_in_the_form_that_is_written():
     for path in tune.TUNED.glob("*.json"):
         assert tune_cases.as_text(json.loads(path.read_text())) == path.read_text(), path.name
@@ -183,7 +205,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     from ferrum_kernels import triton
 
     def fake_timer(options, d, f, experts):
-        return lambda case: lambda: 100.0 / (case.cut[0] + 1) + case.cut[-1]
+        return lambda case: lambda: lambda: 100.0 / (case.cut[0] + 1) + case.cut[-1]
 
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(tune, "timer", fake_timer)
