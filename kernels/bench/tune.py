@@ -134,15 +134,21 @@ def timer(options: argparse.Namespace, d: int, f: int, experts: int) -> Callable
 
     def lower(case: Case) -> Callable[[], Callable[[], float | str]]:
         program = bench.program(case)
-        lowered = program.step.lower(*program.arguments)
+        lowered = program.lower()
 
         def compile_it() -> Callable[[], float | str]:
             compiled = lowered.compile()
 
             def timed() -> float | str:
-                if (error := program.error(compiled(*program.arguments))) > tune_device.LARGEST_ERROR:
+                results = [compiled(program.memory(), *program.arguments)]
+                if (error := program.error(results[0])) > tune_device.LARGEST_ERROR:
                     return f"relative error {error:.1e}"
-                took = gpu_table.times(compiled, program.arguments, options.repeats, tune_device.SECONDS)
+
+                def again(*arguments: Any) -> Any:
+                    results[0] = compiled(results[0], *arguments)
+                    return results[0]
+
+                took = gpu_table.times(again, program.arguments, options.repeats, tune_device.SECONDS)
                 return statistics.median(took) * 1e6 / program.kernels
 
             return timed

@@ -29,16 +29,34 @@ class Program:
     """What is timed.
 
     Attributes:
-      step: a jitted function.
+      step: a traceable function whose results are lists of arrays.
       arguments: of it.
       kernels: how many times it runs the kernel.
       error: of its results: the relative error of some rows of the first kernel.
     """
 
-    step: Any
+    step: Callable[..., Any]
     arguments: tuple[Any, ...]
     kernels: int
     error: Callable[[Any], float]
+
+    def lower(self) -> Any:
+        """`step` lowered with the memory of its results as another argument, first, which is donated.
+
+        A CUDA graph is launched as it is only where its memory lies where it did, so results go where the last call's
+        were. Otherwise the host changes every kernel of the graph at every call, which takes longer than small ones run.
+        """
+
+        def step(results: Any, *arguments: Any) -> Any:
+            return self.step(*arguments)
+
+        jitted = jax.jit(step, donate_argnums=0, keep_unused=True)
+        return jitted.lower(jax.eval_shape(self.step, *self.arguments), *self.arguments)
+
+    def memory(self) -> Any:
+        """Memory for the results; NaN, so that what is not written shows."""
+        results = jax.eval_shape(self.step, *self.arguments)
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, _nothing(leaf.dtype), leaf.dtype), results)
 
 
 class Bench:
@@ -125,7 +143,7 @@ class Bench:
             rows, expected = self._once(("expected", case.product, pairs, bool(block)), lambda: self._expected(case))
             return relative(results[0][rows], expected)
 
-        return Program(jax.jit(step), (calls, stack), len(calls), error)
+        return Program(step, (calls, stack), len(calls), error)
 
     def _expected(self, case: Case) -> tuple[np.ndarray, jax.Array]:
         """Some rows of the first call's result, and what they are in float32."""
@@ -165,7 +183,7 @@ class Bench:
         def step(x: jax.Array, w: TiledLinear) -> list[jax.Array]:
             return [one(x, jnp.int32(i), w) for i in range(w.lead[0])]
 
-        return Program(jax.jit(step), (x, w), w.lead[0], lambda results: relative(results[0][rows], expected))
+        return Program(step, (x, w), w.lead[0], lambda results: relative(results[0][rows], expected))
 
     def _place(self, case: Case) -> Program:
         [block], pairs = case.cut, case.load
@@ -184,7 +202,11 @@ class Bench:
             same = [(a[used] == b[used]).all() for a, b in zip(tables, expected, strict=True)]
             return 0.0 if all(same) and (order == pair).all() and (tables[0] == expected[0]).all() else float("inf")
 
-        return Program(jax.jit(lambda calls: [one(*call) for call in calls]), (calls,), len(calls), error)
+        return Program(lambda calls: [one(*call) for call in calls], (calls,), len(calls), error)
+
+
+def _nothing(dtype: Any) -> Any:
+    return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else -1
 
 
 def tokens_share(pairs: int, experts: int) -> int:
