@@ -44,7 +44,7 @@ class Program:
         """`step` lowered with the memory of its results as another argument, first, which is donated.
 
         A CUDA graph is launched as it is only where its memory lies where it did, so results go where the last call's
-        were. Otherwise the host changes every kernel of the graph at every call, which takes longer than small ones run.
+        were. Otherwise the host changes every kernel of the graph at each call, which takes longer than small ones run.
         """
 
         def step(results: Any, *arguments: Any) -> Any:
