@@ -82,17 +82,18 @@ def rows(
         logits = [jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)]
         x = jnp.asarray(rng.standard_normal((count, d)), cfg.dtype)
 
-        def run(x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
+        def run(memory: jax.Array, x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
             for layer in range(layers):
                 x, _, _ = triton.routed_experts(x, logits[layer], None, top_k, True, stacks[0], stacks[1], layer)
             return x
 
         began = time.perf_counter()
-        step = jax.jit(run).lower(x, logits, stacks).compile()
+        # The result takes the last result's memory: a CUDA graph whose memory has moved is changed first.
+        step = jax.jit(run, donate_argnums=0, keep_unused=True).lower(x, x, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
         error = checked(stacks, count, top_k, routing, cfg.dtype) if check else None
-        took = [seconds / layers * 1e6 for seconds in times(step, (x, logits, stacks), repeats)]
-        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(x, logits, stacks)))  # noqa: B023
+        took = [seconds / layers * 1e6 for seconds in times(step, jnp.copy(x), (x, logits, stacks), repeats)]
+        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(jnp.copy(x), x, logits, stacks)))  # noqa: B023
         chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
         live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
         nbytes = sum(stack.nbytes for stack in stacks) / layers / e * live
@@ -119,17 +120,27 @@ def rows(
         }
 
 
-def times(step: Callable[..., Any], arguments: Sequence[Any], repeats: int, seconds: float = 0.01) -> list[float]:
-    """Seconds per call, two to 50 calls queued behind each other, about `seconds` of work."""
-    jax.block_until_ready(step(*arguments))
+def times(
+    step: Callable[..., Any], memory: Any, arguments: Sequence[Any], repeats: int, seconds: float = 0.01
+) -> list[float]:
+    """Seconds per call, two to 50 calls queued behind each other, about `seconds` of work.
+
+    Args:
+      step: compiled; its first argument is donated memory for its result.
+      memory: for the first result.
+      arguments: the others.
+      repeats: how many times are returned.
+      seconds: of work to time at once.
+    """
+    y = jax.block_until_ready(step(memory, *arguments))
     began = time.perf_counter()
-    jax.block_until_ready(step(*arguments))
+    y = jax.block_until_ready(step(y, *arguments))
     calls = int(min(50, max(2, seconds / (time.perf_counter() - began))))
     took = []
     for _ in range(repeats):
         began = time.perf_counter()
         for _ in range(calls):
-            y = step(*arguments)
+            y = step(y, *arguments)
         jax.block_until_ready(y)
         took.append((time.perf_counter() - began) / calls)
     return took
@@ -154,10 +165,11 @@ def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, rou
 
     @jax.jit
     def run(x: jax.Array, logits: jax.Array, up: TiledLinear, down: TiledLinear) -> tuple[jax.Array, jax.Array]:
-        ids, weights, live, counts = triton.route(logits, None, top_k, True)
+        ids = triton.route(logits, None, top_k, True)[0]
         dead = jnp.ones((layers, experts, 1, 1), bool).at[at, ids.reshape(-1)].set(False)
         up, down = (dataclasses.replace(w, scales=jnp.where(dead, jnp.nan, w.scales)) for w in (up, down))
-        return triton.experts(x, live, weights, counts, up, down, at), ids
+        y, chosen, _ = triton.routed_experts(x, logits, None, top_k, True, up, down, at)
+        return y, chosen
 
     for shape in ((count * top_k, down.k), (count * top_k, up.k), (count, up.k)):
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32)).delete()
