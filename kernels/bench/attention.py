@@ -2,7 +2,8 @@
 
 From the product of queries, keys and values to what the output projection takes: head norms, rotation, cache write and
 attention, one new token per row (decode) or a prompt (prefill). A call loops over several layers of the cache, so that
-nothing is read from the GPU's own cache; times are of calls queued behind each other, divided by the turns. Bytes are those of the live cache, keys, values and scales, read once.
+nothing is read from the GPU's own cache; times are of calls queued behind each other, divided by the turns.
+Bytes are those of the live cache, keys, values and scales, read once.
 """
 
 from __future__ import annotations
@@ -79,10 +80,8 @@ def measure(cfg: Any, case: Case, layers: int, repeats: int) -> dict[str, Any]:
     def run(state: Any, qkv: Any, start: Any, count: Any, table: Any) -> Any:
         def body(i: Any, state: Any) -> Any:
             (pools, scales), _ = state
-            y, pools, scales = attention_fused(
-                qkv, norms, cfg.rms_norm_eps, cosine, sine, pools, i % layers, start, count, jnp.int32(NO_WINDOW), table,
-                scales,
-            )  # fmt: skip
+            rest = (i % layers, start, count, jnp.int32(NO_WINDOW), table, scales)
+            y, pools, scales = attention_fused(qkv, norms, cfg.rms_norm_eps, cosine, sine, pools, *rest)
             return (pools, scales), y
 
         y = jnp.zeros((case.batch, case.tokens, cfg.num_heads * h), jnp.bfloat16)
