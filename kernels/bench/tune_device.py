@@ -20,6 +20,7 @@ from ferrum_kernels.triton_matmul import Rows, product
 
 LARGEST_ERROR = 4e-3  # of a product rounded to bfloat16, against float32
 COLD = 96 * 2**20  # bytes of single matrices in rotation, about twice what a GPU's cache holds
+MOST_KERNELS = 24  # of a program: each is compiled anew, though they are alike
 SAMPLES = 8  # rows that are checked
 SECONDS = 3e-3  # of work that is queued for one measurement
 
@@ -43,8 +44,8 @@ class Program:
     def lower(self) -> Any:
         """`step` lowered with the memory of its results as another argument, first, which is donated.
 
-        A CUDA graph is launched as it is only where its memory lies where it did, so results go where the last call's
-        were. Otherwise the host changes every kernel of the graph at every call, which takes longer than small ones run.
+        A CUDA graph is launched as it is only where its memory lies where it did, so results go where the last ones
+        were. Otherwise the host changes every kernel of the graph at every call, and small kernels wait for it.
         """
 
         def step(results: Any, *arguments: Any) -> Any:
@@ -91,8 +92,8 @@ class Bench:
             return self._made[key]
 
     def _ids(self, pairs: int) -> list[np.ndarray]:
-        """Routing of each call; few pairs are called often, so that starting a program costs little of the time."""
-        calls = self.layers * (4 if pairs <= 512 else 1)
+        """Routing of each call; few pairs are called twice, so that starting a program costs little of the time."""
+        calls = self.layers * (2 if pairs <= 64 else 1)
         return self._once(("ids", pairs), lambda: [routing(i, pairs, self.experts) for i in range(calls)])
 
     def _tables(self, pairs: int, block: int) -> list[tuple[jax.Array, ...]]:
@@ -166,8 +167,8 @@ class Bench:
         block, m, k, n = case.cut[0], case.load, case.k, case.n
 
         def make() -> tuple[TiledLinear, jax.Array, np.ndarray, jax.Array]:
-            # A small matrix is called often, and no call may find it in the cache.
-            w = random_stack(3, (min(64, max(self.layers, COLD // (k * n // 2))),), k, n, 128)
+            # More matrices than the cache holds, but for small ones, which then come from it.
+            w = random_stack(3, (min(MOST_KERNELS, max(self.layers, COLD // (k * n // 2))),), k, n, 128)
             x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
             rows = np.random.default_rng(0).permutation(m)[:SAMPLES]
             dense = dequantize(untile(w[0]), jnp.float32)
