@@ -16,11 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ferrum_jax import errors as errors
     from ferrum_jax import kernels as kernels
+    from ferrum_jax.buckets import Buckets as Buckets
+    from ferrum_jax.budget import MemoryPlan as MemoryPlan
+    from ferrum_jax.budget import plan_memory as plan_memory
     from ferrum_jax.cache import KVCache as KVCache
     from ferrum_jax.cache import init_cache as init_cache
     from ferrum_jax.checkpoint.load import Model as Model
     from ferrum_jax.checkpoint.load import load as load
     from ferrum_jax.config import ModelConfig as ModelConfig
+    from ferrum_jax.engine import Engine as Engine
+    from ferrum_jax.engine import Event as Event
     from ferrum_jax.generation import Step as Step
     from ferrum_jax.generation import generate as generate
     from ferrum_jax.generation import stream_generate as stream_generate
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from ferrum_jax.moe import dispatch as dispatch
     from ferrum_jax.moe import moe_layer as moe_layer
     from ferrum_jax.moe import route as route
+    from ferrum_jax.paged import PagedCache as PagedCache
+    from ferrum_jax.paged import init_paged_cache as init_paged_cache
     from ferrum_jax.params import abstract as abstract
     from ferrum_jax.params import layer as layer
     from ferrum_jax.params import random_params as random_params
@@ -50,12 +57,16 @@ if TYPE_CHECKING:
 
 _SUBMODULES = ("errors", "kernels")
 _NAMES = {
+    "ferrum_jax.budget": ("MemoryPlan", "plan_memory"),
+    "ferrum_jax.buckets": ("Buckets",),
     "ferrum_jax.cache": ("KVCache", "init_cache"),
     "ferrum_jax.checkpoint.load": ("Model", "load"),
     "ferrum_jax.config": ("ModelConfig",),
+    "ferrum_jax.engine": ("Engine", "Event"),
     "ferrum_jax.generation": ("Step", "generate", "stream_generate"),
     "ferrum_jax.model": ("decode_step", "forward", "prefill"),
     "ferrum_jax.moe": ("combine", "dispatch", "moe_layer", "route"),
+    "ferrum_jax.paged": ("PagedCache", "init_paged_cache"),
     "ferrum_jax.params": ("abstract", "layer", "random_params", "set_layer"),
     "ferrum_jax.sampling": ("SamplingParams", "sample"),
     "ferrum_jax.saving": ("load_params", "save_params"),

@@ -1,4 +1,8 @@
-"""The key/value cache: contiguous slots per sequence, written in place when its buffers are donated."""
+"""The key/value cache: contiguous slots per sequence, written in place when its buffers are donated.
+
+`ferrum_jax.paged` has the other kind, slots in pages. Either holds keys and values as floats, or as int8 with one
+float32 scale per token and head.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.errors import CapacityError
+from ferrum_jax.errors import CapacityError, ConfigError
+
+DTYPES = ("bfloat16", "float16", "float32", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +27,15 @@ class KVCache:
       k: [L, B, S, Kv, h] keys, rotated.
       v: [L, B, S, Kv, h] values.
       lengths: int32 [B], tokens each row holds.
+      k_scale: float32 [L, B, S, Kv] where keys are int8 codes, else None.
+      v_scale: the same of the values.
     """
 
     k: Any
     v: Any
     lengths: Any
+    k_scale: Any = None
+    v_scale: Any = None
 
     @property
     def capacity(self) -> int:
@@ -33,7 +43,7 @@ class KVCache:
         return self.k.shape[2]
 
 
-jax.tree_util.register_dataclass(KVCache, data_fields=["k", "v", "lengths"], meta_fields=[])
+jax.tree_util.register_dataclass(KVCache, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=[])
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = None) -> KVCache:
@@ -43,13 +53,14 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = None) -> 
       cfg: the model.
       batch: B, rows.
       length: S, tokens per row, at most cfg.max_position.
-      dtype: of keys and values; None means cfg.dtype.
+      dtype: of keys and values, a float or "int8"; None means cfg.dtype.
 
     Returns:
       KVCache of 2 * L * B * S * Kv * h values.
 
     Raises:
       CapacityError: batch or length is not positive, or length exceeds the model's context.
+      ConfigError: a cache has no such dtype.
 
     >>> import ferrum_jax as fj
     >>> fj.init_cache(fj.load("demo").cfg, batch=4, length=128).k.shape
@@ -61,9 +72,63 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = None) -> 
         raise CapacityError(
             f"length={length} exceeds this model's context of {cfg.max_position} positions; ask for less."
         )
-    shape = (cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
-    dtype = jnp.dtype(dtype or cfg.dtype)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    k, v, k_scale, v_scale = empty_buffers(cfg, (batch, length), dtype)
+    return KVCache(k, v, jnp.zeros(batch, jnp.int32), k_scale, v_scale)
+
+
+def cache_dtype(cfg: ModelConfig, dtype: Any) -> jnp.dtype:
+    """The dtype that a cache's `dtype` argument stands for.
+
+    Raises:
+      ConfigError: a cache has no such dtype.
+    """
+    try:
+        found = jnp.dtype(cfg.dtype if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ConfigError(f"a cache of dtype={dtype!r} is unknown; accepted are {', '.join(DTYPES)} and None.")
+    return found
+
+
+def empty_buffers(cfg: ModelConfig, slots: tuple[int, int], dtype: Any) -> tuple[Any, Any, Any, Any]:
+    """Zeros for keys and values [L, *slots, Kv, h] and, where they are codes, for their scales [L, *slots, Kv]."""
+    dtype = cache_dtype(cfg, dtype)
+    shape = (cfg.num_layers, *slots, cfg.num_kv_heads, cfg.head_dim)
+    k, v = (jnp.zeros(shape, dtype) for _ in range(2))
+    if dtype != jnp.int8:
+        return k, v, None, None
+    k_scale, v_scale = (jnp.zeros(shape[:-1], jnp.float32) for _ in range(2))
+    return k, v, k_scale, v_scale
+
+
+def quantise(heads: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys or values as int8 codes and one scale per head: the largest magnitude of a head becomes 127.
+
+    Args:
+      heads: float [..., h].
+
+    Returns:
+      (int8 [..., h], float32 [...]). A value that is not finite makes its scale so, and the head reads as NaN.
+
+    >>> codes, scale = quantise(jnp.array([0.5, -1.27]))
+    >>> codes.tolist(), round(float(scale), 4)
+    ([50, -127], 0.01)
+    """
+    wide = heads.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    codes = jnp.round(wide / jnp.where(scale > 0, scale, 1)[..., None])
+    # Not every device says what a NaN is as an integer.
+    return jnp.where(jnp.isfinite(codes), jnp.clip(codes, -127, 127), 0).astype(jnp.int8), _or_nan(scale)
+
+
+def _or_nan(scale: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+
+
+def dequantise(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """The heads that codes int8 [..., h] and scales float32 [...] stand for, computed in float32."""
+    return (codes.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def write(
@@ -72,8 +137,8 @@ def write(
     """Put new keys or values behind what each row holds.
 
     Args:
-      buffer: [L, B, S, Kv, h].
-      new: [B, T, Kv, h]; the first count[b] entries of row b are real.
+      buffer: [L, B, S, ...].
+      new: [B, T, ...]; the first count[b] entries of row b are real.
       layer: int32 scalar.
       start: int32 [B], where row b begins to write.
       count: int32 [B]; entries past it, and positions past S, are dropped.
@@ -90,8 +155,10 @@ def write(
         positions = jnp.where(offsets < count[:, None], start[:, None] + offsets, slots)
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
         return buffer.at[layer, rows, positions].set(new, mode="drop")
+    inner = (1,) * (new.ndim - 2)
     offsets = jnp.arange(slots, dtype=jnp.int32)[None] - start[:, None]
     real = (offsets >= 0) & (offsets < count[:, None])
-    moved = jnp.take_along_axis(new, jnp.clip(offsets, 0, tokens - 1)[..., None, None], axis=1)
+    moved = jnp.take_along_axis(new, jnp.clip(offsets, 0, tokens - 1).reshape(batch, slots, *inner), axis=1)
     old = lax.dynamic_index_in_dim(buffer, layer, 0, keepdims=False)
-    return lax.dynamic_update_index_in_dim(buffer, jnp.where(real[..., None, None], moved, old), layer, 0)
+    written = jnp.where(real.reshape(batch, slots, *inner), moved, old)
+    return lax.dynamic_update_index_in_dim(buffer, written, layer, 0)

@@ -1,24 +1,30 @@
-"""Text from a model: batches of prompts through bucketed steps, one token per step, streamed as it comes."""
+"""Text from a model: batches of prompts through bucketed steps, streamed as it comes.
+
+On a GPU a dispatch is several steps, and the next one is queued before the last one's tokens are read, so that the
+device never waits for the host. Rows end on the device by stop ids, limits and logits that are not finite; a stop
+string ends a row on the host, and what the device has sampled past it is dropped.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.buckets import BucketedStep, Buckets, CompileRecord
-from ferrum_jax.cache import KVCache, init_cache
+from ferrum_jax.buckets import Buckets
+from ferrum_jax.budget import check_cache
+from ferrum_jax.cache import init_cache
 from ferrum_jax.checkpoint.load import Model
-from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, RequestError
-from ferrum_jax.model import prefill
-from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler, sample_step
+from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler
+from ferrum_jax.steps import Ahead, going
+from ferrum_jax.steps import Steps as Steps
+from ferrum_jax.steps import steps_for as steps_for
 from ferrum_jax.stopping import StopText
 
 Prompt = str | Sequence[int]
@@ -197,55 +203,6 @@ def _request(sampling: SamplingParams | None, options: dict[str, Any]) -> Sampli
     return sampling or SamplingParams(**options)
 
 
-class Steps:
-    """The compiled steps of one configuration."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        """Prepare; nothing compiles before its first use.
-
-        Args:
-          cfg: the model's configuration.
-        """
-        self.cfg = cfg
-        self._by_plan: dict[Hashable, dict[str, BucketedStep]] = {}
-
-    def of(self, params: Any, plan: SamplerPlan) -> dict[str, BucketedStep]:
-        """The steps "prefill", "sample" and "decode" for parameters of one structure and one sampler plan."""
-        leaves, structure = jax.tree.flatten(params)
-        key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), plan)
-        if key not in self._by_plan:
-            self._by_plan[key] = {
-                "prefill": BucketedStep("prefill", self._prefill, ("cache", "logits")),
-                "sample": BucketedStep("sample", functools.partial(self._sample, plan), ("state",)),
-                "decode": BucketedStep("decode", functools.partial(self._decode, plan), ("cache", "state")),
-            }
-        return self._by_plan[key]
-
-    def records(self) -> list[CompileRecord]:
-        """Every compilation so far."""
-        return [record for steps in self._by_plan.values() for step in steps.values() for record in step.records]
-
-    def _prefill(self, params: Any, tokens: Any, lengths: Any, cache: KVCache, logits: Any) -> Any:
-        new, cache = prefill(params, tokens, lengths, cache, self.cfg)
-        return jnp.where((lengths > 0)[:, None], new, logits), cache
-
-    def _sample(self, plan: SamplerPlan, logits: Any, state: Any) -> Any:
-        return sample_step(logits, state, plan)
-
-    def _decode(self, plan: SamplerPlan, params: Any, token: Any, active: Any, cache: KVCache, state: Any) -> Any:
-        # A prefill of one token, or of none for rows that have ended: they route to no expert.
-        logits, cache = prefill(params, token[:, None], active, cache, self.cfg)
-        # Rows that ended have no logits of their own; zeros keep them finite.
-        sampled, state = sample_step(jnp.where((active > 0)[:, None], logits, 0.0), state, plan)
-        return sampled, cache, state
-
-
-@functools.lru_cache(maxsize=16)
-def steps_for(cfg: ModelConfig) -> Steps:
-    """The compiled steps of a configuration, shared by every call in this process."""
-    return Steps(cfg)
-
-
 @dataclasses.dataclass
 class _Batch:
     """One run of the host loop; the only mutable thing here."""
@@ -282,47 +239,56 @@ class _Batch:
         plan = SamplerPlan.of(self.requests)
         padding = batch - rows
         requests, prompts = self.requests + [SamplingParams()] * padding, self.prompts + [[]] * padding
-        steps = steps_for(cfg).of(params, plan)
-        compiled_before = _compile_seconds(steps)
+        programs = steps_for(cfg).of(params, plan)
+        compiled_before = programs.compile_seconds()
 
+        widest = self.buckets.prefill[-1]
+        check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))))
         state = init_sampler(requests, cfg.vocab_size, prompts, plan)
         cache = init_cache(cfg, batch, slots)
         logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         start = 0
         while start < lengths.max():
-            width = self.buckets.prefill[-1]
-            width = self.buckets.fit("prefill", min(int(lengths.max()) - start, width))
+            width = self.buckets.fit("prefill", min(int(lengths.max()) - start, widest))
             tokens = np.zeros((batch, width), np.int32)
             for row, prompt in enumerate(prompts):
                 piece = prompt[start : start + width]
                 tokens[row, : len(piece)] = piece
             count = np.clip(lengths - start, 0, width).astype(np.int32)
-            logits, cache = steps["prefill"](
+            logits, cache = programs.prefill(
                 (batch, width, slots), params=params, tokens=tokens, lengths=count, cache=cache, logits=logits
             )
             start += width
-        sampled, state = steps["sample"]((batch,), logits=logits, state=state)
+        sampled, state = programs.sample((batch,), logits=logits, state=state)
 
         texts = [StopText(self.model.tokenizer.stream(), tuple(request.stop)) for request in self.requests]
         stops = [self._stop_ids(request) for request in self.requests]
         active = np.array([1] * rows + [0] * padding, np.int32)
-        first = 0.0
-        for count in range(1, max(self.limits) + 1):
-            host = jax.device_get(sampled)
-            now, compiling = time.perf_counter(), _compile_seconds(steps) - compiled_before
-            first = first or now - self.began - compiling
-            decode = now - self.began - compiling - first
-            for row in map(int, np.flatnonzero(active[:rows])):
-                stats = Stats(len(self.prompts[row]), count, first, decode, compiling)
-                step = self._row(row, host, texts[row], stops[row], count, stats)
-                active[row] = step.finish_reason is None
-                yield step
+        left = np.array([limit - 1 for limit in self.limits] + [0] * padding, np.int32)
+        found: Sampled | None = jax.tree.map(lambda leaf: leaf[None], jax.device_get(sampled))
+        ahead, count, first, before = None, 0, 0.0, 0.0
+        while found is not None:
+            compiling = programs.compile_seconds() - compiled_before
+            elapsed = time.perf_counter() - self.began - compiling
+            if ahead is not None:
+                ahead.took(len(found.token), elapsed - before)
+            first, before = first or elapsed, elapsed
+            for i in range(len(found.token)):
+                count += 1
+                one = jax.tree.map(lambda leaf, i=i: leaf[i], found)
+                for row in map(int, np.flatnonzero(active[:rows])):
+                    stats = Stats(len(self.prompts[row]), count, first, elapsed - first, compiling)
+                    step = self._row(row, one, texts[row], stops[row], count, stats)
+                    active[row] = step.finish_reason is None
+                    yield step
             if not active.any():
                 return
-            sampled, cache, state = steps["decode"](
-                (batch, slots), params=params, token=sampled.token, active=active.copy(), cache=cache, state=state
-            )
+            if ahead is None:
+                on_device = going(sampled.token, active.copy(), left, stops)
+                ahead = Ahead(programs, params, on_device, cache, state, self.buckets.steps_of_dispatch())
+            ahead.fill(active, left)
+            found = ahead.take()
 
     def _stop_ids(self, request: SamplingParams) -> frozenset[int]:
         end = self.model.cfg.eos_token_ids or self.model.tokenizer.eos_token_ids
@@ -360,7 +326,3 @@ def _token_ids(model: Model, prompt: Prompt, row: int) -> list[int]:
             f"prompt {row} holds token ids {low} to {high}; this model's vocabulary is 0 to {vocab - 1}."
         )
     return ids
-
-
-def _compile_seconds(steps: dict[str, BucketedStep]) -> float:
-    return sum(record.seconds for step in steps.values() for record in step.records)

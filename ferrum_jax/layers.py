@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import default_implementation, gptq_matmul, is_weight
-from ferrum_kernels import cpu
+from ferrum_kernels import cpu, triton, triton_norm
 from ferrum_kernels.contract import einsum
+from ferrum_kernels.derivatives import differentiable
 
 
 def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*lead D"]:
@@ -35,6 +36,44 @@ def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float)
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def add_norm(
+    x: jax.Array, y: jax.Array, weight: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """x + y, and the RMS norm of that.
+
+    Args:
+      x: the residual stream [..., D].
+      y: what a branch adds to it.
+      weight: [D]; a stack [L, D] of them when `layer` is given.
+      cfg: its rms_norm_eps; its `implementation` chooses the kernel.
+      layer: index into the stack.
+
+    Returns:
+      (sum, norm), both [..., D] in x.dtype.
+    """
+
+    def specified(activations: tuple, layer: Any) -> tuple[jax.Array, jax.Array]:
+        x, y, weight = activations
+        total = x + y
+        return total, rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps)
+
+    def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
+        x, y, weight = activations
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+        out = triton_norm.add_norm(*rows, weight, layer, cfg.rms_norm_eps, triton.is_interpreted())
+        return tuple(a.reshape(x.shape) for a in out)
+
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    if uses_triton(cfg) and triton_norm.takes(x, y, weight):
+        return differentiable(kernel, specified)((x, y, weight), index)
+    return specified((x, y, weight), index)
+
+
+def at_layer(stack: jax.Array, layer: Any) -> jax.Array:
+    """One layer's array of a stack; the array itself where `layer` is None."""
+    return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
 
 
 # Up to this many rows a plain product is bound by reading the weight, and widening 16-bit weights first costs more.
@@ -77,14 +116,21 @@ def _plain_product(x: jax.Array, weight: jax.Array, cfg: ModelConfig, layer: Any
     if 0 < rows <= FEW_ROWS and uses_cpu_kernels(cfg):
         y = cpu.dense_product(x.reshape(rows, -1), weight, layer)
         return y.reshape(*x.shape[:-1], weight.shape[-1])
-    if layer is not None:
-        weight = lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
-    return einsum("...k,kn->...n", x, weight.astype(x.dtype))
+    return einsum("...k,kn->...n", x, at_layer(weight, layer).astype(x.dtype))
 
 
 def uses_cpu_kernels(cfg: ModelConfig) -> bool:
     """Whether what is not a packed product runs on the CPU kernels too."""
-    return (default_implementation() if cfg.implementation is None else cfg.implementation) in cpu.NAMES
+    return _implementation(cfg) in cpu.NAMES
+
+
+def uses_triton(cfg: ModelConfig) -> bool:
+    """Whether what is not a packed product runs on the Triton kernels too."""
+    return _implementation(cfg) == triton.NAME
+
+
+def _implementation(cfg: ModelConfig) -> str:
+    return default_implementation() if cfg.implementation is None else cfg.implementation
 
 
 def attention(

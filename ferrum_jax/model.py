@@ -1,32 +1,26 @@
-"""The decoder as pure functions: forward without a cache, prefill and decode_step with one.
-
-Layers that share a structure are stacked, and one scan runs them. Expert stacks go into the scan whole, with the
-layer number as an index, because slicing a layer out would copy all its experts at every step.
-"""
+"""The decoder as pure functions: forward without a cache, prefill and decode_step with one."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ferrum_jax.cache import KVCache, write
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.errors import CapacityError, RequestError, ShapeError
-from ferrum_jax.kernels import MixedStack, default_implementation, is_weight
-from ferrum_jax.layers import attention, linear, mlp, rms_norm, uses_cpu_kernels
-from ferrum_jax.moe import Routing, moe_layer
+from ferrum_jax.errors import BackendError, CapacityError, RequestError, ShapeError
+from ferrum_jax.kernels import default_implementation
+from ferrum_jax.layers import add_norm, attention, linear, rms_norm, uses_cpu_kernels
+from ferrum_jax.moe import Routing
+from ferrum_jax.paged import Cache, PagedCache, put, room, rows
 from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
-from ferrum_kernels import cpu
+from ferrum_jax.stack import Attend, Params, Place, run_layers
+from ferrum_kernels import cpu, triton, triton_attention
 from ferrum_kernels.contract import einsum, is_traced
-
-Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +71,8 @@ def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with
         return attention(q, k, v, _visible(positions, positions, at.window)), state
 
     x = _embed(params, tokens, cfg)
-    y, _, seen = _run_layers(params, x, None, cfg, attend, None, with_aux)
-    y = rms_norm(y, params["norm"], cfg.rms_norm_eps)
+    *stream, _, seen = run_layers(params, x, None, cfg, attend, None, with_aux)
+    _, y = add_norm(*stream, params["norm"], cfg)
     logits = _logits(params, y, cfg)
     if not with_aux:
         return logits
@@ -87,15 +81,15 @@ def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with
 
 
 def prefill(
-    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: KVCache, cfg: ModelConfig
-) -> tuple[Float[Array, "B V"], KVCache]:
+    params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache, cfg: ModelConfig
+) -> tuple[Float[Array, "B V"], Cache]:
     """Read prompts, or more of them, into the cache.
 
     Args:
       params: the model's pytree.
       tokens: int32 [B, T], right-padded.
       lengths: int32 [B], real tokens of each row; 0 leaves a row as it is.
-      cache: what each row has read so far; donate it to have it written in place.
+      cache: what each row has read so far, contiguous or in pages; donate it to have it written in place.
       cfg: frozen configuration.
 
     Returns:
@@ -120,8 +114,8 @@ def prefill(
 
 
 def decode_step(
-    params: Params, token: Int[Array, " B"], cache: KVCache, cfg: ModelConfig
-) -> tuple[Float[Array, "B V"], KVCache]:
+    params: Params, token: Int[Array, " B"], cache: Cache, cfg: ModelConfig
+) -> tuple[Float[Array, "B V"], Cache]:
     """Read one more token per row and give the logits of the next.
 
     Args:
@@ -150,36 +144,28 @@ def decode_step(
 
 
 def _extend(
-    params: Params, tokens: jax.Array, lengths: jax.Array, cache: KVCache, cfg: ModelConfig
-) -> tuple[jax.Array, KVCache]:
+    params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache, cfg: ModelConfig
+) -> tuple[jax.Array, Cache]:
     length = tokens.shape[1]
     _check_room(tokens, lengths, cache)
     offsets = jnp.arange(length, dtype=jnp.int32)[None]
     positions = cache.lengths[:, None] + offsets
     total = cache.lengths + lengths
     angles = rope_frequencies(cfg.rope, cfg.head_dim, cfg.max_position, total)
-    attend = (_attend_on_cpu if _takes_cpu_attention(cfg) else _attend)(positions, angles, cache.lengths, lengths, cfg)
+    possible = (lengths >= 0) & (lengths <= length) & (total <= room(cache))
+    # A row without room writes nothing: kernels trust that what a row holds has slots.
+    live = jnp.where(possible, lengths, 0)
+    attend = _attention_of(cfg, cache)(positions, angles, cache.lengths, live, cfg)
 
     x = _embed(params, tokens, cfg)
     mask = offsets < lengths[:, None]
-    x, (k, v), _ = _run_layers(params, x, mask, cfg, attend, (cache.k, cache.v), False)
-    last = jnp.clip(lengths - 1, 0)[:, None, None]
-    y = rms_norm(jnp.take_along_axis(x, last, axis=1)[:, 0], params["norm"], cfg.rms_norm_eps)
-    possible = (lengths >= 0) & (lengths <= length) & (total <= cache.capacity)
+    *stream, cache, _ = run_layers(params, x, mask, cfg, attend, cache, False)
+    if length > 1:
+        last = jnp.clip(lengths - 1, 0)[:, None, None]
+        stream = [jnp.take_along_axis(part, last, axis=1) for part in stream]
+    _, y = add_norm(*(part[:, 0] for part in stream), params["norm"], cfg)
     logits = jnp.where(possible[:, None], _logits(params, y, cfg), jnp.nan)
-    return logits, KVCache(k=k, v=v, lengths=total)
-
-
-class Place(NamedTuple):
-    """Where a layer lies: in its run of stacked layers and in the model, and how far back it looks."""
-
-    index: jax.Array
-    layer: jax.Array
-    window: jax.Array
-
-
-# (weights of attention, normed hidden states [B, T, D], state, place) -> ([B, T, heads * head_dim], state)
-Attend = Callable[[Params, jax.Array, Any, Place], tuple[jax.Array, Any]]
+    return logits, dataclasses.replace(cache, lengths=total)
 
 
 def _attend(
@@ -189,17 +175,15 @@ def _attend(
     # jax-metal has no scatter; everywhere else it is what writes in place.
     scatter = _implementation(cfg) != "apple"
 
-    def attend(p: Params, x: jax.Array, cached: tuple, at: Place) -> tuple[jax.Array, tuple]:
+    def attend(p: Params, x: jax.Array, cache: Cache, at: Place) -> tuple[jax.Array, Cache]:
         q, *new = _heads(_project(p, x, at, cfg), p, positions, angles, cfg)
-        keys, values = (
-            write(buffer, heads, at.layer, start, count, scatter) for buffer, heads in zip(cached, new, strict=True)
-        )
-        k, v = (lax.dynamic_index_in_dim(b, at.layer, 0, keepdims=False).astype(q.dtype) for b in (keys, values))
+        cache = put(cache, (new[0], new[1]), at.layer, start, count, scatter)
+        k, v = rows(cache, at.layer, q.dtype)
         batch, capacity = k.shape[:2]
         slots = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32)[None], (batch, capacity))
         # An unseen value weighs zero, and zero times a NaN that a slot once held would still be NaN.
         v = jnp.where((slots < (start + count)[:, None])[..., None, None], v, 0)
-        return attention(q, k, v, _visible(positions, slots, at.window)), (keys, values)
+        return attention(q, k, v, _visible(positions, slots, at.window)), cache
 
     return attend
 
@@ -210,73 +194,63 @@ def _attend_on_cpu(
     """The same in one kernel, which reads what each row has read and no more."""
     cosine, sine = rope_tables(positions, *angles)
 
-    def attend(p: Params, x: jax.Array, cached: tuple, at: Place) -> tuple[jax.Array, tuple]:
+    def attend(p: Params, x: jax.Array, cache: Cache, at: Place) -> tuple[jax.Array, Cache]:
         norms = (p["q_norm"], p["k_norm"]) if cfg.qk_norm else None
         q, k, v = _project(p, x, at, cfg)
-        return cpu.attention(q, k, v, norms, cfg.rms_norm_eps, cosine, sine, cached, at.layer, start, count, at.window)
+        y, (keys, values) = cpu.attention(
+            q, k, v, norms, cfg.rms_norm_eps, cosine, sine, (cache.k, cache.v), at.layer, start, count, at.window
+        )
+        return y, dataclasses.replace(cache, k=keys, v=values)
 
     return attend
 
 
-def _takes_cpu_attention(cfg: ModelConfig) -> bool:
-    return uses_cpu_kernels(cfg) and cfg.head_dim % 2 == 0 and cfg.head_dim <= cpu.MOST_HEAD
+def _attend_on_triton(
+    positions: jax.Array, angles: tuple[jax.Array, float], start: jax.Array, count: jax.Array, cfg: ModelConfig
+) -> Attend:
+    """The same in kernels for NVIDIA GPUs, which read what each row has read and no more."""
+    cosine, sine = rope_tables(positions, *angles)
+
+    def attend(p: Params, x: jax.Array, cache: Cache, at: Place) -> tuple[jax.Array, Cache]:
+        norms = (at.run["attn"]["q_norm"], at.run["attn"]["k_norm"]) if cfg.qk_norm else None
+        scales = None if cache.k_scale is None else (cache.k_scale, cache.v_scale)
+        table = cache.table if isinstance(cache, PagedCache) else None
+        place = (cache.k, cache.v), at.layer, start, count, at.window, table, scales
+        rest = norms, cfg.rms_norm_eps, cosine, sine, *place
+        if "qkv" in p:
+            qkv = linear(x, p["qkv"], cfg, p.get("qkv_bias"), layer=at.index)
+            y, pools, scales = triton_attention.attention_fused(qkv, *rest, norm_layer=at.index)
+        else:
+            y, pools, scales = triton_attention.attention(*_project(p, x, at, cfg), *rest, norm_layer=at.index)
+        k_scale, v_scale = scales or (None, None)
+        return y, dataclasses.replace(cache, k=pools[0], v=pools[1], k_scale=k_scale, v_scale=v_scale)
+
+    return attend
 
 
-def _run_layers(
-    params: Params, x: jax.Array, mask: jax.Array | None, cfg: ModelConfig, attend: Attend, state: Any, with_aux: bool
-) -> tuple[jax.Array, Any, list[tuple[Any, Any]]]:
-    """Scan each run of stacked layers; returns (x, state, per run (hidden [n, B, T, D], Routing) or (None, None))."""
-    no_window = np.iinfo(np.int32).max
-    windows = np.asarray([no_window if w is None else w for w in cfg.sliding_windows], np.int32)
-    seen, start = [], 0
-    for run in params["layers"]:
-        count = run["input_norm"].shape[0]
-
-        def body(carry: tuple, at: Place, run: Params = run) -> tuple[tuple, tuple]:
-            x, state = carry
-            p = take_layer(run, at.index)
-            with jax.named_scope("attention"):
-                y, state = attend(p["attn"], rms_norm(x, p["input_norm"], cfg.rms_norm_eps), state, at)
-                y = y.reshape(*x.shape[:2], -1)
-                x = x + linear(y, p["attn"]["o"], cfg, p["attn"].get("o_bias"), layer=at.index)
-            y = rms_norm(x, p["post_norm"], cfg.rms_norm_eps)
-            routing = None
-            if "moe" in p:
-                with jax.named_scope("moe"):
-                    y, routing = moe_layer(p["moe"], y, cfg, layer=at.index, mask=mask)
-            else:
-                with jax.named_scope("mlp"):
-                    y = mlp(p["mlp"], y, cfg, at.index)
-            x = x + y
-            return (x, state), ((x, routing) if with_aux else (None, None))
-
-        steps = Place(
-            jnp.arange(count, dtype=jnp.int32),
-            jnp.arange(start, start + count, dtype=jnp.int32),
-            jnp.asarray(windows[start : start + count]),
+def _attention_of(cfg: ModelConfig, cache: Cache) -> Callable[..., Attend]:
+    """Which of the three above reads this cache."""
+    paged, codes = isinstance(cache, PagedCache), cache.k_scale is not None
+    implementation = _implementation(cfg)
+    if paged and implementation == "apple":
+        raise BackendError(
+            "pages are written by scatter, which implementation='apple' does without; use init_cache, or another "
+            "implementation."
         )
-        (x, state), ys = lax.scan(body, (x, state), steps)
-        seen.append(ys)
-        start += count
-    return x, state, seen
-
-
-def take_layer(run: Params, index: jax.Array) -> Params:
-    """Layer `index` of a run of stacked layers: vectors cut out, matrices left whole for who takes a layer number."""
-
-    def whole(leaf: Any) -> bool:
-        return is_weight(leaf) or isinstance(leaf, MixedStack)
-
-    def take(leaf: Any) -> Any:
-        if whole(leaf) or leaf.ndim > 2:
-            return leaf
-        return lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
-
-    return jax.tree.map(take, run, is_leaf=whole)
+    if uses_cpu_kernels(cfg) and not paged and not codes and cfg.head_dim % 2 == 0 and cfg.head_dim <= cpu.MOST_HEAD:
+        return _attend_on_cpu
+    takes = triton_attention.takes(cfg.dtype, cfg.head_dim) and (codes or cache.k.dtype == jnp.dtype(cfg.dtype))
+    if paged:
+        takes = takes and cache.page >= 16 and cache.page & (cache.page - 1) == 0
+    return _attend_on_triton if implementation == triton.NAME and takes else _attend
 
 
 def _project(p: Params, x: jax.Array, at: Place, cfg: ModelConfig) -> tuple[jax.Array, ...]:
     """Queries, keys and values [B, T, heads * head_dim], before their norms and rotation."""
+    if "qkv" in p:
+        y = linear(x, p["qkv"], cfg, p.get("qkv_bias"), layer=at.index)
+        queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        return tuple(jnp.split(y, (queries, queries + keys), axis=-1))
     return tuple(linear(x, p[name], cfg, p.get(f"{name}_bias"), layer=at.index) for name in ("q", "k", "v"))
 
 
@@ -329,11 +303,13 @@ def _check_tokens(tokens: jax.Array, ndim: int, cfg: ModelConfig) -> None:
         raise RequestError(f"token ids span {low} to {high}; this model's vocabulary is 0 to {cfg.vocab_size - 1}.")
 
 
-def _check_room(tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> None:
+def _check_room(tokens: jax.Array, lengths: jax.Array, cache: Cache) -> None:
     batch, length = tokens.shape
-    if lengths.shape != (batch,) or cache.k.shape[1] != batch:
+    paged = isinstance(cache, PagedCache)
+    held = cache.table.shape[0] if paged else cache.k.shape[1]
+    if lengths.shape != (batch,) or held != batch:
         raise ShapeError(
-            f"tokens have {batch} rows, lengths are {list(lengths.shape)} and the cache has {cache.k.shape[1]} rows; "
+            f"tokens have {batch} rows, lengths are {list(lengths.shape)} and the cache has {held} rows; "
             f"all three must agree."
         )
     if is_traced(lengths):
@@ -341,12 +317,10 @@ def _check_room(tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> None:
     host = np.asarray(lengths)
     if (host < 0).any() or (host > length).any():
         raise CapacityError(f"lengths are {host.tolist()}; each must be between 0 and T={length}.")
-    if is_traced(cache.lengths):
+    if is_traced(cache.lengths) or (paged and is_traced(cache.table)):
         return
-    total = np.asarray(cache.lengths) + host
-    if (total > cache.capacity).any():
-        row = int(np.argmax(total))
-        raise CapacityError(
-            f"row {row} would hold {total[row]} tokens; the cache has room for {cache.capacity}. "
-            f"Make it longer with init_cache(cfg, batch, length)."
-        )
+    total, most = np.asarray(cache.lengths) + host, room(cache, np)
+    if (total > most).any():
+        row = int(np.argmax(total - most))
+        fix = "Put more pages into its table" if paged else "Make it longer with init_cache(cfg, batch, length)"
+        raise CapacityError(f"row {row} would hold {total[row]} tokens; the cache has room for {most[row]}. {fix}.")

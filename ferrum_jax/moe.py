@@ -14,13 +14,12 @@ from ferrum_jax.errors import ShapeError
 from ferrum_jax.kernels import (
     Dispatch,
     TiledLinear,
-    default_implementation,
     from_blocks,
     grouped_gptq_matmul,
     to_blocks,
 )
-from ferrum_jax.layers import linear, silu_mul, uses_cpu_kernels
-from ferrum_kernels import cpu, triton
+from ferrum_jax.layers import add_norm, at_layer, linear, rms_norm, silu_mul, uses_cpu_kernels, uses_triton
+from ferrum_kernels import cpu, triton, triton_norm
 from ferrum_kernels.blocks import dispatch as dispatch
 from ferrum_kernels.derivatives import differentiable
 from ferrum_kernels.ops import resolve
@@ -135,6 +134,46 @@ def combine(y: Float[Array, "R D"], plan: Dispatch, weights: Float[Array, "T K"]
     return jnp.sum(pairs * jnp.where(live, weights, 0.0)[..., None], axis=-2)
 
 
+def add_norm_route(
+    x: Float[Array, "*lead D"],
+    y: Float[Array, "*lead D"],
+    weight: jax.Array,
+    router: jax.Array,
+    cfg: ModelConfig,
+    layer: jax.Array | int,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`layers.add_norm`, and the router's logits where one kernel gives all three.
+
+    Args:
+      x: the residual stream.
+      y: what a branch adds to it.
+      weight: of the norm, a stack [L, D].
+      router: [L, D, E].
+      cfg: its rms_norm_eps and implementation.
+      layer: index into both.
+
+    Returns:
+      (sum, norm, float32 logits [..., E] or None where `moe_layer` takes them itself).
+    """
+    if not (uses_triton(cfg) and triton_norm.takes(x, y, weight, router)):
+        return *add_norm(x, y, weight, cfg, layer), None
+
+    def specified(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
+        x, y, weight, router = activations
+        total = x + y
+        norm = rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps)
+        logits = linear(norm.astype(jnp.float32), router, dataclasses.replace(cfg, implementation="xla"), layer=layer)
+        return total, norm, logits
+
+    def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
+        x, y, weight, router = activations
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+        out = triton_norm.add_norm_route(*rows, weight, router, layer, cfg.rms_norm_eps, triton.is_interpreted())
+        return tuple(a.reshape(*x.shape[:-1], -1) for a in out)
+
+    return differentiable(kernel, specified)((x, y, weight, router), jnp.asarray(layer, jnp.int32))
+
+
 def moe_layer(
     params: dict[str, Any],
     x: Float[Array, "*lead D"],
@@ -143,6 +182,7 @@ def moe_layer(
     layer: jax.Array | int | None = None,
     mask: Bool[Array, "*lead"] | None = None,
     block: int | None = None,
+    logits: Float[Array, "*lead E"] | None = None,
 ) -> tuple[Float[Array, "*lead D"], Routing]:
     """One mixture-of-experts layer: route, dispatch, run the live experts, combine.
 
@@ -153,6 +193,7 @@ def moe_layer(
       layer: index into stacks that have a layer axis, as inside a scan over layers; the router may lack that axis.
       mask: bool [...], False for padding tokens: they are sent to no expert and get zero.
       block: rows per block of the dispatch; None picks one for the number of tokens.
+      logits: the router's, where they are known already.
 
     Returns:
       ([..., D] in x.dtype, Routing with the same leading axes). Differentiable with respect to x and the router.
@@ -165,12 +206,13 @@ def moe_layer(
     """
     lead = x.shape[:-1]
     tokens = x.reshape(-1, x.shape[-1])
+    known = None if logits is None else logits.reshape(-1, logits.shape[-1])
     if block is None and tokens.shape[0] and _fits_cpu_kernels(params["experts"], cfg):
         y, routing = _on_cpu_kernels(params, tokens, cfg, layer, mask)
     elif block is None and tokens.shape[0] and _fits_triton(params["experts"], cfg):
-        y, routing = _on_triton(params, tokens, cfg, layer, mask)
+        y, routing = _on_triton(params, tokens, cfg, layer, mask, known)
     else:
-        y, routing = _step_by_step(params, tokens, cfg, layer, mask, block)
+        y, routing = _step_by_step(params, tokens, cfg, layer, mask, block, known)
     routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, leaf.shape[-1]), routing)
     return y.astype(x.dtype).reshape(x.shape), routing
 
@@ -182,13 +224,17 @@ def _step_by_step(
     layer: jax.Array | int | None,
     mask: jax.Array | None,
     block: int | None,
+    logits: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
-    # The router runs in float32 whatever the activations: a rounded logit sends a token elsewhere.
-    router = params["router"]
-    logits = linear(x.astype(jnp.float32), router, cfg, layer=_router_layer(router, layer))
+    logits = _router_logits(params["router"], x, cfg, layer) if logits is None else logits
     routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
     plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts, block)
     return combine(run_experts(params["experts"], x, plan, cfg, layer), plan, routing.weights), routing
+
+
+def _router_logits(router: jax.Array, x: jax.Array, cfg: ModelConfig, layer: Any) -> jax.Array:
+    # In float32 whatever the activations: a rounded logit sends a token elsewhere.
+    return linear(x.astype(jnp.float32), router, cfg, layer=_router_layer(router, layer))
 
 
 def _router_layer(router: jax.Array, layer: Any) -> Any:
@@ -209,45 +255,43 @@ def _fits_cpu_kernels(experts: dict[str, Any], cfg: ModelConfig) -> bool:
 
 def _fits_triton(experts: dict[str, Any], cfg: ModelConfig) -> bool:
     """Whether the GPU kernels run the layer as a whole: tiled alike, gate and up in one stack."""
-    if (default_implementation() if cfg.implementation is None else cfg.implementation) != triton.NAME:
-        return False
-    return "gate_up" in experts and all(isinstance(stack, TiledLinear) for stack in experts.values())
+    return (
+        uses_triton(cfg) and "gate_up" in experts and all(isinstance(stack, TiledLinear) for stack in experts.values())
+    )
 
 
 def _on_triton(
-    params: dict[str, Any], x: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None, mask: jax.Array | None
+    params: dict[str, Any],
+    x: jax.Array,
+    cfg: ModelConfig,
+    layer: jax.Array | int | None,
+    mask: jax.Array | None,
+    logits: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
     """The same layer in four or five kernels after the router's product."""
     triton.check(*params["experts"].values())
     triton.check_dtype(x)
     portable = dataclasses.replace(cfg, implementation="xla")
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
-    router = params["router"]
-    logits = linear(x.astype(jnp.float32), router, portable, layer=_router_layer(router, layer))
+    logits = _router_logits(params["router"], x, portable, layer) if logits is None else logits
     live_tokens = None if mask is None else mask.reshape(-1)
 
-    def routing_of(logits: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
-        return triton.route(logits, mask, cfg.top_k, cfg.norm_topk_prob)
+    def layer_of(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
+        x, logits = activations
+        mask, experts, layer = constants
+        stacks = experts["gate_up"], experts["down"]
+        return triton.routed_experts(x, logits, mask, cfg.top_k, cfg.norm_topk_prob, *stacks, layer)
 
-    def routing_specified(logits: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+    def layer_specified(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
+        x, logits = activations
+        mask, experts, layer = constants
         routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
-        live = _live(routing.experts, mask, cfg)
-        return routing.experts, routing.weights, live, triton.count(live, cfg.num_experts)
+        plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts)
+        y = combine(run_experts(experts, x, plan, portable, layer), plan, routing.weights).astype(x.dtype)
+        return y, routing.experts, routing.weights
 
-    def experts_of(activations: tuple, constants: tuple) -> jax.Array:
-        x, weights = activations
-        live, counts, experts, layer = constants
-        return triton.experts(x, live, weights, counts, experts["gate_up"], experts["down"], layer)
-
-    def experts_specified(activations: tuple, constants: tuple) -> jax.Array:
-        x, weights = activations
-        live, _, experts, layer = constants
-        plan = dispatch(live, cfg.num_experts)
-        return combine(run_experts(experts, x, plan, portable, layer), plan, weights).astype(x.dtype)
-
-    chosen, weights, live, counts = differentiable(routing_of, routing_specified)(logits, live_tokens)
-    constants = live, counts, params["experts"], index
-    y = differentiable(experts_of, experts_specified)((x, weights), constants)
+    constants = live_tokens, params["experts"], index
+    y, chosen, weights = differentiable(layer_of, layer_specified)((x, logits), constants)
     return y, Routing(logits, chosen, weights)
 
 

@@ -9,10 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ferrum_jax import model as functions
-from ferrum_jax.cache import KVCache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import is_weight
+from ferrum_jax.paged import Cache
 
 
 class Packed(nnx.Variable):
@@ -22,7 +22,7 @@ class Packed(nnx.Variable):
 class CausalLM(nnx.Module):
     """A decoder whose leaves are variables: `Packed` inside packed weights, `nnx.Param` everywhere else.
 
-    Paths in `nnx.state` are those of the pytree, such as ("layers", 0, "attn", "q", "scales"). Nothing is copied.
+    Paths in `nnx.state` are those of the pytree, such as ("layers", 0, "attn", "qkv", "scales"). Nothing is copied.
 
     Args:
       cfg: frozen configuration, static.
@@ -60,12 +60,12 @@ class CausalLM(nnx.Module):
         return functions.forward(self.params, tokens, self.cfg)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "B V"], KVCache]:
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
         """Read prompts into a cache from `init_cache(module.cfg, ...)`; see `ferrum_jax.prefill`."""
         return functions.prefill(self.params, tokens, lengths, cache, self.cfg)
 
-    def decode(self, token: Int[Array, " B"], cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+    def decode(self, token: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """Read one more token per row; see `ferrum_jax.decode_step`."""
         return functions.decode_step(self.params, token, cache, self.cfg)
 

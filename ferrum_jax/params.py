@@ -8,11 +8,12 @@ P (token, expert) pairs, R rows of the block layout.
      "layers": (run, ...),          consecutive layers of one structure, stacked on a leading axis
      "norm": [D],
      "lm_head": [D, V]}             absent when tied, unless lm_head_bits makes a packed one of the embedding
-    run = {"input_norm", "post_norm", "attn": {"q", "k", "v", "o", "q_norm", "k_norm"},
+    run = {"input_norm", "post_norm", "attn": {"qkv", "o", "q_norm", "k_norm"},
            "moe": {"router": [D, E], "experts": {"gate_up", "down"}}  or  "mlp": {"gate", "up", "down"}}
 
 Linear leaves are PackedLinear where quantised and arrays [K, N] where not; expert leaves have an expert axis and are
-MixedStack where the experts of a layer differ. Gate and up are one leaf where they are packed alike. Loaded for the GPU
+MixedStack where the experts of a layer differ. Linears of the same inputs that are packed alike are one leaf, side by
+side: queries, keys and values (else "q", "k", "v"), gate and up of experts (else "gate", "up"). Loaded for the GPU
 kernels, every PackedLinear is a TiledLinear, and where down's inputs were permuted (act-order) the columns of gate and
 up are in that order instead: such experts compute the same, but edit gate, up and down together.
 """
@@ -76,7 +77,7 @@ def layer(params: dict[str, Any], index: int) -> dict[str, Any]:
       index: layer number.
 
     Returns:
-      {"input_norm", "attn", "post_norm", "moe" or "mlp"}.
+      {"input_norm", "attn", "post_norm", "moe" or "mlp"}; which leaves those hold is said at the top of this file.
 
     Raises:
       ShapeError: no such layer.

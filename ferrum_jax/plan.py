@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import MixedStack, PackedLinear
-from ferrum_jax.sources import Experts, Linear, Vector, layer_sources, top_sources
+from ferrum_jax.sources import Experts, Joined, Linear, Vector, layer_sources, top_sources
 from ferrum_kernels.bits import words_for
 
 
@@ -34,6 +34,7 @@ class Format:
 
 FormatOf = Callable[[str, int], Format | None]
 
+QKV = ("q", "k", "v")
 ROUNDED_GROUP = 128  # inputs per scale of what is rounded at load, as most GPTQ checkpoints have
 
 
@@ -122,15 +123,37 @@ def zip_sources(combine: Callable[..., Any], *trees: Any) -> Any:
 
 
 def _fuse(layer: dict[str, Any], format_of: FormatOf) -> dict[str, Any]:
-    """Join gate and up of the experts into one leaf where every expert packs both alike."""
+    """Join linears of the same inputs into one leaf where they are packed alike: q, k and v; gate and up of experts."""
+    layer = {**layer, "attn": _fuse_qkv(layer["attn"], format_of)}
     if "moe" not in layer:
         return layer
     experts = layer["moe"]["experts"]
     pairs = list(zip(experts["gate"].experts, experts["up"].experts, strict=True))
-    if any(_format(gate, format_of) != _format(up, format_of) for gate, up in pairs):
+    if not all(_alike(pair, format_of) for pair in pairs):
         return layer
-    fused = Experts(tuple(Linear(gate.modules + up.modules, gate.k, gate.n + up.n) for gate, up in pairs))
-    return {**layer, "moe": {**layer["moe"], "experts": {"gate_up": fused, "down": experts["down"]}}}
+    fused = {"gate_up": Experts(tuple(map(_join, pairs))), "down": experts["down"]}
+    return {**layer, "moe": {**layer["moe"], "experts": fused}}
+
+
+def _fuse_qkv(attn: dict[str, Any], format_of: FormatOf) -> dict[str, Any]:
+    parts = [attn[name] for name in QKV]
+    biases = [attn.get(f"{name}_bias") for name in QKV]
+    if not _alike(parts, format_of) or len({bias is None for bias in biases}) > 1:
+        return attn
+    fused: dict[str, Any] = {"qkv": _join(parts)}
+    if biases[0] is not None:
+        fused["qkv_bias"] = Joined(tuple(biases))
+    gone = {*QKV, *(f"{name}_bias" for name in QKV)}
+    return {**fused, **{name: source for name, source in attn.items() if name not in gone}}
+
+
+def _alike(linears: Sequence[Linear], format_of: FormatOf) -> bool:
+    return len({_format(linear, format_of) for linear in linears}) == 1
+
+
+def _join(linears: Sequence[Linear]) -> Linear:
+    modules = tuple(module for linear in linears for module in linear.modules)
+    return Linear(modules, linears[0].k, tuple(n for linear in linears for n in linear.n))
 
 
 def _format(linear: Linear, format_of: FormatOf) -> Format | None:
@@ -168,7 +191,7 @@ def expert_parts(experts: Experts, format_of: FormatOf) -> list[tuple[int, ...]]
 def _abstract(source: Any, layers: Any, format_of: FormatOf, dtype: Any, lead: tuple[int, ...] | None = None) -> Any:
     """The leaf for one source and its counterparts in the other layers of a run."""
     lead = (len(layers),) if lead is None else lead
-    if isinstance(source, Vector):
+    if isinstance(source, Vector | Joined):
         return jax.ShapeDtypeStruct((*lead, *source.shape), dtype)
     if isinstance(source, Linear):
         return _abstract_linear(source, layers, format_of, dtype, lead)

@@ -17,6 +17,18 @@ class Vector:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Joined:
+    """Vectors end to end in one leaf, such as the biases of linears that are one leaf."""
+
+    parts: tuple[Vector, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the leaf."""
+        return (sum(part.shape[0] for part in self.parts),)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Linear:
     """A linear layer [k, sum(n)], made of one module or of several side by side.
 

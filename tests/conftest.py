@@ -40,7 +40,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 # These compile much and compute little, like the folders whose conftest says the same.
-QUICKLY = {"test_generation", "test_nnx", "test_rope", "test_sampling"}
+QUICKLY = {
+    "test_budget",
+    "test_cache_kinds",
+    "test_engine",
+    "test_engine_soak",
+    "test_generation",
+    "test_nnx",
+    "test_rope",
+    "test_sampling",
+    "test_triton_model",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -89,7 +89,7 @@ def test_split_and_merge_lose_nothing(model: fj.Model) -> None:
 
 def test_state_has_the_paths_of_the_pytree(demo: fj.Model) -> None:
     paths = dict(nnx.to_flat_state(nnx.state(CausalLM.from_model(demo))))
-    assert {("embed",), ("layers", 0, "attn", "q", "qweight"), ("layers", 0, "moe", "router")} <= paths.keys()
+    assert {("embed",), ("layers", 0, "attn", "qkv", "qweight"), ("layers", 0, "moe", "router")} <= paths.keys()
     assert len(paths) == len(jax.tree.leaves(demo.params))
 
 

@@ -209,7 +209,7 @@ def test_description_that_is_no_json(folder: Path) -> None:
         lambda d: d["params"].update(norm="float32[64"),
         lambda d: d["params"].update(norm="float33[64]"),
         lambda d: d["params"].update(norm=64),
-        lambda d: d["params"]["layers"][0]["attn"]["q"]["PackedLinear"].pop("perm"),
+        lambda d: d["params"]["layers"][0]["attn"]["qkv"]["PackedLinear"].pop("perm"),
         lambda d: d.update(files=1),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax import model
 from ferrum_jax.config import QuantConfig
 from ferrum_kernels import TiledLinear, is_weight, triton
 from ferrum_kernels.errors import BackendError
@@ -26,9 +27,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def demo():
     """(configuration in bfloat16, one layer of experts as loaded, the same in tiles)."""
-    model = fj.load("demo", quiet=True)
-    moe = fj.layer(model.params, 2)["moe"]
-    return dataclasses.replace(model.cfg, dtype="bfloat16"), moe, tile_all(moe)
+    loaded = fj.load("demo", quiet=True)
+    moe = fj.layer(loaded.params, 2)["moe"]
+    return dataclasses.replace(loaded.cfg, dtype="bfloat16"), moe, tile_all(moe)
 
 
 def test_layers_are_laid_out_one_by_one_as_the_whole_would_be(demo):
@@ -36,7 +37,7 @@ def test_layers_are_laid_out_one_by_one_as_the_whole_would_be(demo):
     tiled = fj.random_params(cfg, seed=3)
     whole = tile_all(fj.random_params(dataclasses.replace(cfg, implementation="xla"), seed=3))
     nodes = jax.tree.leaves(tiled, is_leaf=is_weight)
-    assert sum(isinstance(node, TiledLinear) for node in nodes) >= 6
+    assert sum(isinstance(node, TiledLinear) for node in nodes) == 4  # qkv, o, gate_up, down
     assert jax.tree.structure(tiled) == jax.tree.structure(whole)
     for one, other in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -77,6 +78,77 @@ def test_weights_in_the_layout_of_the_file_are_refused(demo):
         fj.moe_layer(
             moe, jnp.ones((1, cfg.hidden_size), jnp.bfloat16), dataclasses.replace(cfg, implementation="triton")
         )
+
+
+CACHES = {
+    "contiguous": lambda cfg: fj.init_cache(cfg, batch=2, length=24),
+    "codes in pages": lambda cfg: dataclasses.replace(
+        fj.init_paged_cache(cfg, batch=2, pages=5, length=32, dtype="int8"), table=jnp.array([[3, 1], [0, -1]])
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_prompts_and_steps_with_its_attention_equal_the_portable_ones(demo, monkeypatch, kind):
+    cfg = dataclasses.replace(demo[0], implementation="xla", num_layers=1, moe_layers=(True,), sliding_windows=(None,))
+    params = fj.load("demo", quiet=True).params
+    params = {**params, "layers": tuple(jax.tree.map(lambda leaf: leaf[:1], run) for run in params["layers"])}
+    tokens, lengths = jnp.array([[11, 12, 13, 14, 15], [21, 22, 0, 0, 0]]), jnp.array([5, 2])
+
+    def logits():
+        cache = CACHES[kind](cfg)
+        first, cache = fj.prefill(params, tokens, lengths, cache, cfg)
+        more, cache = fj.prefill(params, tokens[:, :3], jnp.array([0, 3]), cache, cfg)
+        last, cache = fj.decode_step(params, jnp.array([31, 32]), cache, cfg)
+        assert cache.lengths.tolist() == [6, 6]
+        return [np.asarray(x, np.float64) for x in (first, more[1], last)]
+
+    portable = logits()
+    monkeypatch.setattr(model, "_attention_of", lambda *_: model._attend_on_triton)
+    with triton.interpreted():
+        mine = logits()
+    for found, expected in zip(mine, portable, strict=True):
+        assert not (found == expected).all()
+        assert relative(found, expected) < 2e-2
+
+
+def test_a_whole_model_equals_the_portable_one(demo):
+    cfg = demo[0]
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf,
+        fj.load("demo", quiet=True).params,
+    )
+    tokens, lengths = jnp.array([[11, 12, 13], [21, 22, 0]]), jnp.array([3, 2])
+
+    def logits(params, cfg):
+        first, cache = fj.prefill(params, tokens, lengths, fj.init_cache(cfg, batch=2, length=16), cfg)
+        last, _ = fj.decode_step(params, jnp.array([31, 32]), cache, cfg)
+        return [np.asarray(x, np.float64) for x in (first, last)]
+
+    portable = logits(params, dataclasses.replace(cfg, implementation="xla"))
+    with triton.interpreted():
+        mine = logits(tile_all(params), dataclasses.replace(cfg, implementation="triton"))
+    for found, expected in zip(mine, portable, strict=True):
+        assert relative(found, expected) < 1e-2
+
+
+def test_its_attention_is_chosen_where_activations_cache_and_heads_suit_it(demo):
+    cfg = dataclasses.replace(demo[0], implementation="triton")
+
+    def of(dtype=None, page=None, **changes):
+        other = dataclasses.replace(cfg, **changes)
+        new = (
+            fj.init_cache(other, 1, 32, dtype) if page is None else fj.init_paged_cache(other, 1, 2, page, dtype=dtype)
+        )
+        return model._attention_of(other, new)
+
+    kernels = [of(), of("int8"), of(page=16), of("int8", page=32)]
+    portable = [of("float32"), of(dtype="float32", page=16), of(page=8), of(page=24), of(head_dim=48)]
+    assert kernels == [model._attend_on_triton] * 4 and portable == [model._attend] * 5
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    assert of() is of("bfloat16") is model._attend
+    cfg = dataclasses.replace(cfg, dtype="bfloat16", implementation="xla")
+    assert of() is model._attend
 
 
 def test_act_order_experts_are_folded_and_stay_one_model(tmp_path):

@@ -225,7 +225,7 @@ def test_group_sizes_come_from_a_permuted_g_idx_where_the_metadata_is_wrong(tmp_
         model = fj.load(folder, dtype="float32", quiet=True)
     assert len(caught) == 2  # 96 inputs of attention, gate and up in groups of 64; 32 inputs of down in one group
     assert_right(model, reader.read_checkpoint(folder))
-    assert fj.layer(model.params, 0)["attn"]["q"].group_size == 64
+    assert fj.layer(model.params, 0)["attn"]["qkv"].group_size == 64
 
 
 @pytest.mark.parametrize(("told", "real"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])

@@ -34,8 +34,8 @@ def test_dtype_is_that_of_unquantised_leaves_and_scales_stay_exact(dtype: str, f
     assert model.cfg.dtype == dtype and model.params["embed"].dtype == dtype
     layer = fj.layer(model.params, 0)
     assert layer["input_norm"].dtype == layer["moe"]["router"].dtype == dtype
-    q = layer["attn"]["q"]
-    assert isinstance(q, PackedLinear) and (q.qweight.dtype, q.scales.dtype) == (jnp.uint32, jnp.float16)
+    qkv = layer["attn"]["qkv"]
+    assert isinstance(qkv, PackedLinear) and (qkv.qweight.dtype, qkv.scales.dtype) == (jnp.uint32, jnp.float16)
     assert fj.init_cache(model.cfg, batch=1, length=4).k.dtype == dtype
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ ODD: dict[str, Any] = {
 }  # not multiples of 32: words padded, a short last group
 FEWER: dict[str, Any] = {"num_experts": 4, "num_layers": 1}
 UNPACKED_GATE: dict[str, Any] = {r"-:.*gate_proj": {}}
+WIDE_KEYS: dict[str, Any] = {r"+:.*k_proj": {"bits": 8, "group_size": 16}}
 
 SPECS = {
     **{f"{bits}-bit asym, one group": TinySpec(bits=bits, sym=False, group_size=-1, **FEWER) for bits in BITS},
@@ -43,6 +45,7 @@ SPECS = {
     "mixed experts": TinySpec(dynamic=MIXED_DYNAMIC),
     "mixed experts, asym act-order": TinySpec(dynamic=MIXED_DYNAMIC, sym=False, desc_act=True),
     "gate plain, up packed": TinySpec(dynamic=UNPACKED_GATE, **FEWER),
+    "keys in other bits, biases": TinySpec(dynamic=WIDE_KEYS, attention_bias=True, **FEWER),
     "gate and up in other bits": TinySpec(dynamic={r"+:.*up_proj": {"bits": 8, "group_size": 16}}, sym=False, **FEWER),
     "one expert's bits": TinySpec(dynamic={r".*experts\.1\.": {"bits": 2}}, **FEWER),
     "quantised head": TinySpec(lm_head="quantized", vocab_size=104, **FEWER),
@@ -92,7 +95,7 @@ def test_the_packed_weights_stay_packed(tmp_path: Path) -> None:
     mixed, uniform = (fj.layer(model.params, i)["moe"]["experts"]["gate_up"] for i in (0, 1))
     assert isinstance(mixed, MixedStack) and mixed.experts == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert isinstance(uniform, PackedLinear) and uniform.lead == (8,)
-    assert fj.layer(model.params, 0)["attn"]["q"].bits == 8
+    assert fj.layer(model.params, 0)["attn"]["qkv"].bits == 8
 
 
 def test_gate_and_up_packed_differently_stay_apart(tmp_path: Path) -> None:
@@ -100,6 +103,32 @@ def test_gate_and_up_packed_differently_stay_apart(tmp_path: Path) -> None:
     experts = fj.layer(model.params, 0)["moe"]["experts"]
     assert sorted(experts) == ["down", "gate", "up"]
     assert isinstance(experts["up"], PackedLinear) and isinstance(experts["gate"], jax.Array)
+
+
+def test_queries_keys_and_values_are_one_leaf_where_they_are_packed_alike(tmp_path: Path) -> None:
+    spec = TinySpec(attention_bias=True, **FEWER)
+    joined = fj.layer(assert_same_logits(write_checkpoint(tmp_path / "alike", spec)).params, 0)["attn"]
+    assert {"qkv", "qkv_bias", "o", "o_bias"} < joined.keys() and not {"q", "k", "v", "q_bias"} & joined.keys()
+    spec = dataclasses.replace(spec, dynamic=WIDE_KEYS)
+    apart = fj.layer(assert_same_logits(write_checkpoint(tmp_path / "apart", spec)).params, 0)["attn"]
+    assert [apart[name].bits for name in "qkv"] == [4, 8, 4] and {"q_bias", "k_bias", "v_bias"} < apart.keys()
+    assert joined["qkv"].shape[1] == sum(apart[name].shape[1] for name in "qkv")
+    assert joined["qkv_bias"].shape == joined["qkv"].shape[1:]
+
+
+def test_inputs_in_orders_of_their_own_keep_queries_keys_and_values_apart(tmp_path: Path) -> None:
+    spec = TinySpec(desc_act=True, **FEWER)
+
+    def another_order(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("k_proj.g_idx")]:
+            tensors[name] = tensors[name][::-1].copy()
+
+    one = fj.layer(assert_same_logits(write_checkpoint(tmp_path / "one", spec)).params, 0)["attn"]
+    assert "qkv" in one and one["qkv"].perm is not None
+    several = fj.layer(
+        assert_same_logits(write_checkpoint(tmp_path / "several", spec, edits=[another_order])).params, 0
+    )
+    assert {"q", "k", "v"} < several["attn"].keys()
 
 
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])

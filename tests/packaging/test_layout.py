@@ -18,9 +18,11 @@ PRODUCT = [*ROOT.glob("ferrum_jax/**/*.py"), *ROOT.glob("kernels/ferrum_kernels/
 FLOORS = (
     {"errors"},
     {"buckets", "chat", "config", "kernels", "sampling", "tokenizer"},
-    {"cache", "layers", "moe", "params", "rope"},
-    {"checkpoint", "model"},
+    {"cache", "layers", "moe", "pages", "paged", "params", "rope"},
+    {"budget", "checkpoint", "model"},
     {"generation", "nnx", "saving"},
+    {"engine_steps", "schedule"},
+    {"engine"},
     {"cli"},
 )
 FLOOR = {module: height for height, modules in enumerate(FLOORS) for module in modules}

@@ -121,7 +121,6 @@ def test_layers_of_another_kind_are_refused() -> None:
         fj.set_layer(params, 0, {**moe, "post_norm": moe["post_norm"][:31]})
     with pytest.raises(ShapeError, match=r"\['input_norm'\] is bfloat16\[32\]; expected float32\[32\]"):
         fj.set_layer(params, 0, {**moe, "input_norm": moe["input_norm"].astype(jnp.bfloat16)})
-    q = moe["attn"]["q"]
-    repacked = dataclasses.replace(q, bits=8)
+    repacked = dataclasses.replace(moe["attn"]["qkv"], bits=8)
     with pytest.raises(ShapeError, match=r"another structure"):
-        fj.set_layer(params, 0, {**moe, "attn": {**moe["attn"], "q": repacked}})
+        fj.set_layer(params, 0, {**moe, "attn": {**moe["attn"], "qkv": repacked}})

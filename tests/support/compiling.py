@@ -19,3 +19,16 @@ def quickly() -> Iterator[None]:
         yield
     finally:
         jax.config.update(OPTION, before)
+
+
+class Compilations:
+    """Counts what the backend compiles, or reads from its cache on disk, from now on: any program at all."""
+
+    _EVENTS = ("/jax/core/compile/backend_compile_duration",)
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration: float, **_: object) -> None:
+        self.count += event in self._EVENTS

@@ -1,0 +1,217 @@
+"""Decode a whole model of random weights on a GPU: tokens per second by batch, and the kernels of one layer.
+
+Weights are made on the device, in tiles, and routing is near uniform. Each batch reads 256 tokens of random keys and
+values and goes on by the steps that `generate` runs, queued one behind the other.
+
+    python kernels/bench/gpu_decode.py --batches 1,16,64 --profile 1,64
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import glob
+import re
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.cache import KVCache, init_cache
+from ferrum_jax.config import ModelConfig
+from ferrum_jax.config_file import load_toml_config
+from ferrum_jax.params import abstract
+from ferrum_jax.sampling import SamplerPlan, SamplingParams, init_sampler
+from ferrum_jax.steps import decode_steps, going
+from ferrum_kernels.tiles import TiledLinear, is_weight, tile_all
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def random_tiles(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """The parameters of a configuration in tiles, made on the device layer by layer."""
+
+    def values(key: jax.Array, shape: tuple[int, ...], dtype: Any, parent: TiledLinear | None, name: str) -> jax.Array:
+        if dtype == jnp.uint16:
+            bits = jax.random.bits(key, shape, jnp.uint16)
+            # 8 in place of 0: codes average their zero point, else all tokens go to the same few experts.
+            empty = ~(bits | bits >> 1 | bits >> 2 | bits >> 3) & np.uint16(0x1111)
+            return bits | empty << 3
+        if parent is not None:
+            spread = 2**parent.bits * parent.k**0.5 * 0.3
+            return jax.random.uniform(key, shape, minval=0.5 / spread, maxval=1.5 / spread).astype(dtype)
+        if "norm" in name:
+            return jnp.ones(shape, dtype)
+        fan_in = 1.0 if "embed" in name or len(shape) == 1 else shape[-2] ** 0.5
+        return (jax.random.normal(key, shape) / fan_in).astype(dtype)
+
+    @partial(jax.jit, static_argnums=(1, 2, 3, 4))
+    def make(key: jax.Array, shape: tuple[int, ...], dtype: Any, parent: Any, name: str) -> jax.Array:
+        if len(shape) < 3:
+            return values(key, shape, dtype, parent, name)
+
+        def fill(i: jax.Array, stack: jax.Array) -> jax.Array:
+            return stack.at[i].set(values(jax.random.fold_in(key, i), shape[1:], dtype, parent, name))
+
+        return jax.lax.fori_loop(0, shape[0], fill, jnp.zeros(shape, dtype))
+
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+
+    def leaf(path: tuple, node: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        if not is_weight(node):
+            return make(next(keys), node.shape, node.dtype, None, name)
+        plain = dataclasses.replace(node, words=None, scales=None)
+        return jax.tree.map(lambda array: make(next(keys), array.shape, array.dtype, plain, name), node)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(tile_all, abstract(cfg)), is_leaf=is_weight)
+
+
+def cache_of(cfg: ModelConfig, batch: int, context: int, slots: int) -> KVCache:
+    """A cache that holds `context` tokens of random keys and values per row."""
+
+    @jax.jit
+    def make() -> KVCache:
+        empty = init_cache(cfg, batch, slots)
+        filled = jax.tree.map(lambda a: jax.random.normal(jax.random.key(1), a.shape[1:]).astype(a.dtype), empty)
+        k, v = (jnp.broadcast_to(a, e.shape) for a, e in ((filled.k, empty.k), (filled.v, empty.v)))
+        return dataclasses.replace(empty, k=k, v=v, lengths=jnp.full(batch, context, jnp.int32))
+
+    return make()
+
+
+@dataclasses.dataclass
+class Queue:
+    """Decode steps queued one behind the other."""
+
+    compiled: Any
+    params: Any
+    count: int
+    rows: Any
+    cache: Any
+    state: Any
+
+    def run(self, dispatches: int) -> None:
+        """Dispatch and wait for all."""
+        keep = np.ones(self.rows.token.shape, np.int32)
+        for _ in range(dispatches):
+            _, self.rows, self.cache, self.state = self.compiled(
+                params=self.params, going=self.rows, keep=keep, cache=self.cache, state=self.state
+            )
+        jax.block_until_ready(self.rows)
+
+    def milliseconds(self, steps: int) -> float:
+        """Median of a step over five runs of so many steps."""
+        self.run(1)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            self.run(max(1, steps // self.count))
+            times.append((time.perf_counter() - began) / max(1, steps // self.count) / self.count * 1e3)
+        return statistics.median(times)
+
+
+def kernels(queue: Queue, dispatches: int = 2) -> list[tuple[str, float, float]]:
+    """(kernel, launches of a step, microseconds of a step) by time, the sum of all and the span first."""
+    folder, steps = tempfile.mkdtemp(), dispatches * queue.count
+    with jax.profiler.trace(folder):
+        queue.run(dispatches)
+    [file] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    ends = []
+    for plane in jax.profiler.ProfileData.from_file(file).planes:
+        if "GPU" not in plane.name:
+            continue
+        for line in plane.lines:
+            if "Stream" in line.name:
+                for event in line.events:
+                    times[re.sub(r"__\d+$", "", event.name)].append(event.duration_ns / 1e3)
+                    ends.append((event.start_ns, event.start_ns + event.duration_ns))
+    if not ends:
+        return []
+    span = (max(end for _, end in ends) - min(start for start, _ in ends)) / 1e3
+    rows = [(name, len(v) / steps, sum(v) / steps) for name, v in times.items()]
+    rows.sort(key=lambda row: -row[2])
+    return [
+        ("span", 0, span / steps),
+        ("all kernels", sum(row[1] for row in rows), sum(row[2] for row in rows)),
+        *rows,
+    ]
+
+
+def main() -> None:
+    """Parse, compile every batch at once, measure one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "qwen3-30b-a3b.toml")
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--batches", default="1,4,16,64,256")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--profile", default="", help="batches whose kernels are listed")
+    parser.add_argument("--rows", type=int, default=30, help="of a list of kernels")
+    parser.add_argument("--lm-head-bits", type=int, default=None)
+    parser.add_argument("--dispatch", default="1,8", help="steps of a dispatch")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--option", action="append", default=[], help="of the compiler, NAME=VALUE")
+    args = parser.parse_args()
+    cfg = load_toml_config(args.config)
+    layers = args.layers or cfg.num_layers
+    cfg = dataclasses.replace(cfg, num_layers=layers, moe_layers=(), sliding_windows=(), lm_head_bits=args.lm_head_bits)
+    began = time.perf_counter()
+    params = jax.block_until_ready(random_tiles(cfg))
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; weights in {time.perf_counter() - began:.1f} s")
+    options = dict(option.split("=", 1) for option in args.option)
+    requests = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=1)
+    plan = SamplerPlan.of([requests])
+    cases = [(batch, count) for batch in numbers(args.batches) for count in numbers(args.dispatch)]
+
+    def inputs(batch: int, cache: Any) -> dict[str, Any]:
+        token = jnp.arange(batch, dtype=jnp.int32) * 7 + 11
+        rows = going(token, np.ones(batch), np.full(batch, 2**30), [()] * batch)
+        state = init_sampler([requests] * batch, cfg.vocab_size, plan=plan)
+        return {"going": jax.tree.map(jnp.asarray, rows), "cache": cache, "state": state}
+
+    def compiled_for(case: tuple[int, int]) -> tuple[float, Any]:
+        batch, count = case
+        given = inputs(batch, jax.eval_shape(lambda: init_cache(cfg, batch, args.slots)))
+        step = jax.jit(partial(decode_steps, cfg, plan, count), donate_argnames=("cache", "state"))
+        began = time.perf_counter()
+        lowered = step.lower(params=params, keep=jax.ShapeDtypeStruct((batch,), jnp.int32), **given)
+        compiled = lowered.compile(compiler_options=options or None)
+        return time.perf_counter() - began, compiled
+
+    with ThreadPoolExecutor(8) as pool:
+        programs = dict(zip(cases, pool.map(compiled_for, cases), strict=True))
+    for (batch, count), (seconds, compiled) in programs.items():
+        given = inputs(batch, cache_of(cfg, batch, args.context, args.slots))
+        queue = Queue(compiled, params, count, given["going"], given["cache"], given["state"])
+        milliseconds = queue.milliseconds(min(args.steps, (args.slots - args.context) // 6 - 2 * count))
+        print(
+            f"batch {batch:4}, {count} steps a dispatch: {milliseconds:7.3f} ms a step, "
+            f"{batch / milliseconds * 1e3:8.0f} tok/s (compiled in {seconds:.1f} s)",
+            flush=True,
+        )
+        if batch in numbers(args.profile) and count == numbers(args.dispatch)[0]:
+            for name, launches, microseconds in kernels(queue)[: args.rows]:
+                print(f"    {name[:60]:60} {launches / layers:6.2f} a layer {microseconds / layers:8.2f} us a layer")
+        del queue, given
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers between commas."""
+    return [int(one) for one in text.split(",") if one]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Attention on NVIDIA GPUs: head norms, rotary embedding, cache write and grouped-query attention over what is live.
+
+One new token per row is one kernel, which writes the token's key and value and reads what came before; where rows may
+be long, several programs share one and a small second kernel adds their parts up. More tokens are two kernels: one
+writes keys and values, one attends. The cache may be in pages and in int8; the layer number is an operand and the cache
+is written in place, so a scan over layers copies nothing.
+
+Source: streaming softmax arXiv 1805.02867; tiles arXiv 2205.14135; grouped queries arXiv 2305.13245; pages arXiv
+2309.06180; int8 with a scale per token and head is this package's own choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ferrum_kernels import triton
+from ferrum_kernels.errors import ShapeError
+from ferrum_kernels.triton_attend import add_kernel, decode_kernel, prefill_kernel, write_kernel
+from ferrum_kernels.triton_flash import Cut, Refs, Statics
+
+HEADS = (16, 32, 64, 128, 256)  # sizes of a head
+DTYPES = (jnp.bfloat16, jnp.float16)
+Pair = tuple[jax.Array, jax.Array]
+
+
+def takes(dtype: Any, head_dim: int) -> bool:
+    """Whether these kernels take activations of a dtype and heads of a size.
+
+    >>> takes(jnp.bfloat16, 128), takes(jnp.float32, 128), takes(jnp.bfloat16, 96)
+    (True, False, False)
+    """
+    return jnp.dtype(dtype) in DTYPES and head_dim in HEADS
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    norms: Pair | None,
+    eps: float,
+    cosine: jax.Array,
+    sine: jax.Array,
+    pools: Pair,
+    layer: Any,
+    start: jax.Array,
+    count: jax.Array,
+    window: Any,
+    table: jax.Array | None = None,
+    scales: Pair | None = None,
+    norm_layer: Any = None,
+) -> tuple[jax.Array, Pair, Pair | None]:
+    """Attention of some new tokens of each row over all that the row has read.
+
+    Args:
+      q: bfloat16 or float16 [B, T, H * h], as projected; k, v: [B, T, Kv * h].
+      norms: weights of the RMS norms of query and key heads, each [h], or None.
+      eps: of those norms.
+      cosine, sine: float32 [B, T, h / 2] of each token's angles.
+      pools: keys and values [L, B, S, Kv, h]; with a table [L, P, page, Kv, h]. Written in place where their buffers
+        allow it. Of q's dtype, or int8 with scales.
+      layer: index into the pools.
+      start: int32 [B], tokens each row holds.
+      count: int32 [B], real tokens of each row; the others write nothing and get zero.
+      window: int32 scalar, keys a query sees, itself included.
+      table: int32 [B, N], the page of each run of `page` positions; a page size is a power of two from 16. Where a row
+        has nothing, any number may stand.
+      scales: float32 [L, P, page, Kv] of keys and of values, for int8: value = code * scale.
+      norm_layer: index into norms that are stacks [L', h]; None where each is one vector.
+
+    Returns:
+      ([B, T, H * h] in q.dtype, pools, scales). A token past the row's capacity is not written.
+
+    Raises:
+      ShapeError: arrays do not belong together.
+    """
+    h = pools[0].shape[-1]
+    heads, kv_heads = q.shape[-1] // h, pools[0].shape[-2]
+    if q.shape[-1] != heads * h or k.shape[-1] != kv_heads * h or v.shape != k.shape:
+        raise ShapeError(
+            f"queries are {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}; with a cache of {kv_heads} "
+            f"heads of {h} keys and values are [B, T, {kv_heads * h}] and queries a multiple of {h} wide."
+        )
+    given = {"q": q, "k": k, "v": v}
+    return _attention(
+        given, (heads, 0, 0, 0), norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer
+    )
+
+
+def attention_fused(
+    qkv: jax.Array,
+    norms: Pair | None,
+    eps: float,
+    cosine: jax.Array,
+    sine: jax.Array,
+    pools: Pair,
+    layer: Any,
+    start: jax.Array,
+    count: jax.Array,
+    window: Any,
+    table: jax.Array | None = None,
+    scales: Pair | None = None,
+    norm_layer: Any = None,
+) -> tuple[jax.Array, Pair, Pair | None]:
+    """The same with queries, keys and values of one product, [B, T, (H + 2 Kv) * h] in this order."""
+    kv_heads, h = pools[0].shape[-2:]
+    heads = qkv.shape[-1] // h - 2 * kv_heads
+    if heads < 1 or qkv.shape[-1] % h:
+        raise ShapeError(
+            f"the product is {list(qkv.shape)}; with a cache of {kv_heads} heads of {h} it is "
+            f"[B, T, (H + {2 * kv_heads}) * {h}]: queries, keys, values."
+        )
+    layout = (heads, 0, heads * h, (heads + kv_heads) * h)
+    given = {"q": qkv}
+    return _attention(
+        given, layout, norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer
+    )
+
+
+def _attention(
+    given: dict[str, jax.Array],
+    layout: tuple[int, int, int, int],
+    norms: Pair | None,
+    eps: float,
+    cosine: jax.Array,
+    sine: jax.Array,
+    pools: Pair,
+    layer: Any,
+    start: jax.Array,
+    count: jax.Array,
+    window: Any,
+    table: jax.Array | None,
+    scales: Pair | None,
+    norm_layer: Any,
+) -> tuple[jax.Array, Pair, Pair | None]:
+    batch, tokens, _ = given["q"].shape
+    heads, *columns = layout
+    layers, pages, page, kv_heads, h = pools[0].shape
+    _check(given["q"], heads, pools, start, count, table, scales)
+    s = Statics(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=h,
+        columns=(columns[0], columns[1], columns[2]),
+        eps=eps,
+        page=page,
+        capacity=page if table is None else page * table.shape[1],
+        cut=Cut(),
+        dtype=jnp.dtype(given["q"].dtype),
+        interpret=triton.is_interpreted(),
+    )
+    s = dataclasses.replace(s, cut=decode_cut(s, batch) if tokens == 1 else prefill_cut(s, batch, tokens))
+    scalars = {"layer": layer, "window": window}
+    if norms is not None and norm_layer is not None:
+        scalars["norm_layer"] = norm_layer
+    named: dict[str, Any] = {name: jnp.reshape(jnp.asarray(x, jnp.int32), (1,)) for name, x in scalars.items()}
+    named |= {"start": start, "count": count, "table": table, **given, "cosine": cosine, "sine": sine}
+    named |= dict(zip(("q_norm", "k_norm"), norms or (None, None), strict=True))
+    rows = (layers, pages * page, kv_heads)
+    cache = {"keys": pools[0].reshape(*rows, h), "values": pools[1].reshape(*rows, h)}
+    if scales is not None:
+        cache |= {"key_scales": scales[0].reshape(rows), "value_scales": scales[1].reshape(rows)}
+    named = {name: x for name, x in named.items() if x is not None}
+    if tokens == 1:
+        y, cache = _decode(s, named, cache)
+    else:
+        y, cache = _prefill(s, named, _write(s, named, cache))
+    shaped = [x.reshape(old.shape) for x, old in zip(cache.values(), (*pools, *(scales or ())), strict=True)]
+    return y.reshape(batch, tokens, heads * h), (shaped[0], shaped[1]), (shaped[2], shaped[3]) if scales else None
+
+
+def _check(
+    q: jax.Array, heads: int, pools: Pair, start: jax.Array, count: jax.Array, table: Any, scales: Pair | None
+) -> None:
+    _, pages, page, kv_heads, h = pools[0].shape
+    batch = q.shape[0]
+    if q.dtype not in DTYPES or h not in HEADS or heads % kv_heads:
+        raise ShapeError(
+            f"attention of {heads} heads on {kv_heads} of {h} in {q.dtype}: the Triton kernels take bfloat16 and "
+            f'float16, heads of {HEADS} and whole groups of heads. Use implementation="xla" for it.'
+        )
+    if pools[0].shape != pools[1].shape or pools[0].dtype != pools[1].dtype or {start.shape, count.shape} != {(batch,)}:
+        raise ShapeError(
+            f"keys are {pools[0].dtype}{list(pools[0].shape)}, values {pools[1].dtype}{list(pools[1].shape)}, starts "
+            f"{list(start.shape)} and counts {list(count.shape)} for {batch} rows; keys and values are alike, and "
+            f"there is one start and one count per row."
+        )
+    expected = jnp.dtype(q.dtype if scales is None else jnp.int8)
+    if pools[0].dtype != expected or (scales and any(x.shape != pools[0].shape[:-1] for x in scales)):
+        raise ShapeError(
+            f"a cache of {pools[0].dtype}{list(pools[0].shape)} with "
+            f"{'no scales' if scales is None else 'scales of ' + str([list(x.shape) for x in scales])}: it is of "
+            f"{q.dtype} without scales, or of int8 with two arrays of scales [L, P, page, Kv]."
+        )
+    if table is None and pages != batch:
+        raise ShapeError(f"the cache has {pages} rows and there are {batch}; without a table they are the same.")
+    if table is not None and (table.shape[:1] != (batch,) or page < 16 or page & (page - 1)):
+        raise ShapeError(
+            f"the table is {list(table.shape)} of pages of {page} positions; it has {batch} rows, and a page is a "
+            f"power of two from 16."
+        )
+    if pools[0].dtype == jnp.int8 and 2**31 < pools[0].size <= 2**32:
+        raise ShapeError(
+            f"keys in int8 take {pools[0].size / 2**30:.1f} GiB; between 2 and 4 GiB the compiler's offsets of 32 bits "
+            f"do not reach. Make the cache smaller or larger, or use bfloat16."
+        )
+
+
+def _tile(s: Statics) -> int:
+    return max(16, min(64, 8192 // s.head_dim))
+
+
+def decode_cut(s: Statics, batch: int) -> Cut:
+    """How one new token per row is cut up: two programs for each multiprocessor, or fewer where there is little."""
+    tile = _tile(s)
+    return Cut(tile=tile, warps=4, stages=3, queries=1, piece=4 * tile, programs=max(1, 264 // s.kv_heads))
+
+
+def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
+    """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
+    width = 256 if s.head_dim <= 128 else 128
+    while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
+        width //= 2
+    count = min(max(1, width // s.padded_group), 1 << (tokens - 1).bit_length())
+    warps = 8 if count * s.padded_group >= 128 else 4
+    return Cut(tile=_tile(s), warps=warps, stages=3 if s.head_dim <= 128 else 2, queries=count)
+
+
+def _call(
+    kernel: Any, s: Statics, given: Refs, out: Refs, grid: tuple[int, ...], name: str, aliases: dict[str, str], cut: Cut
+) -> dict[str, jax.Array]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    inputs, outputs = list(given), list(out)
+
+    def run(*refs: Any) -> None:
+        r, o = dict(zip(inputs, refs, strict=False)), dict(zip(outputs, refs[len(inputs) :], strict=True))
+        r = {"k": r["q"], "v": r["q"], **r} if "q" in r else r
+        kernel(s, r, o)
+
+    results = pl.pallas_call(
+        run,
+        out_shape=tuple(out.values()),
+        grid=grid,
+        input_output_aliases={inputs.index(a): outputs.index(b) for a, b in aliases.items()},
+        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        interpret=s.interpret,
+        name=name,
+    )(*given.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _shapes(arrays: dict[str, jax.Array]) -> Refs:
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+
+
+def _same(names: Any) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _decode(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
+    batch = named["q"].shape[0]
+    y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), s.dtype)
+    most = -(-s.capacity // s.cut.piece)
+    programs = min(batch * most, s.cut.programs)
+    parts: Refs = {}
+    if most > 1:
+        parts = {
+            "parts": jax.ShapeDtypeStruct((2 * programs, s.heads, s.head_dim), jnp.float32),
+            "sums": jax.ShapeDtypeStruct((2 * programs, s.heads), jnp.float32),
+        }
+    grid, out = (s.kv_heads, programs), {"y": y, **parts, **_shapes(cache)}
+    kernel = functools.partial(decode_kernel, programs)
+    found = _call(kernel, s, {**named, **cache}, out, grid, "attend_one", _same(cache), s.cut)
+    if parts:
+        given = {name: named[name] for name in ("start", "count", "window")}
+        given |= {name: found[name] for name in ("y", *parts)}
+        # Many rows have few parts each, and one warp has no other to wait for.
+        grid, cut = (s.heads, batch), Cut(warps=4 if batch < 16 else 1, stages=2)
+        kernel = functools.partial(add_kernel, programs, 4 * cut.warps)
+        found["y"] = _call(kernel, s, given, {"y": y}, grid, "attend_add", _same(["y"]), cut)["y"]
+    return found["y"], {name: found[name] for name in cache}
+
+
+def _write(s: Statics, named: Refs, cache: Refs) -> Refs:
+    batch, tokens, _ = named["q"].shape
+    block = min(16, 1 << (tokens - 1).bit_length())
+    grid = (-(-tokens // block), s.kv_heads, batch)
+    names = ("layer", "norm_layer", "start", "count", "table", "q", "k", "v", "k_norm", "cosine", "sine")
+    given = {name: named[name] for name in names if name in named} | cache
+    cut = Cut(warps=4, stages=1)
+    kernel = functools.partial(write_kernel, block)
+    return _call(kernel, s, given, _shapes(cache), grid, "attend_write", _same(cache), cut)
+
+
+def _prefill(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
+    batch, tokens, _ = named["q"].shape
+    y = jax.ShapeDtypeStruct((batch, tokens, s.heads, s.head_dim), s.dtype)
+    tiles = -(-tokens // s.cut.queries)
+    given = {name: x for name, x in named.items() if name not in ("k", "v", "k_norm")} | cache
+    kernel = functools.partial(prefill_kernel, tiles)
+    # The cache passes through untouched: whoever writes it next has to wait, where XLA would make a copy of it.
+    out = {"y": y, **_shapes(cache)}
+    found = _call(kernel, s, given, out, (tiles * s.kv_heads, batch), "attend_many", _same(cache), s.cut)
+    return found["y"], {name: found[name] for name in cache}

@@ -1,0 +1,358 @@
+"""What the attention kernels of the Triton backend are made of: heads as they enter the cache, and a sweep over it.
+
+A kernel sees the caches as [L, rows, Kv, h], the pages one behind the other. All of it works on tiles: M queries of one
+key head (its query heads, padded, times some tokens) by some positions of the cache, with the softmax kept online.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LEAST = -1e30  # the maximum before anything was seen; finite, so that nothing minus nothing is no NaN
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How attention is cut up.
+
+    Attributes:
+      tile: positions of the cache that one turn of the loop takes; a power of two from 16.
+      warps: of a program.
+      stages: tiles in flight.
+      queries: tokens of a program.
+      piece: positions of a row that one program takes, a multiple of the tile.
+      programs: most programs per key head; each takes every so-manieth piece.
+      swap: positions are the left operand of the matrix units, few queries the right one.
+    """
+
+    tile: int = 64
+    warps: int = 4
+    stages: int = 3
+    queries: int = 1
+    piece: int = 0
+    programs: int = 0
+    swap: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Statics:
+    """Everything of a kernel that is known when it is compiled.
+
+    Attributes:
+      heads, kv_heads, head_dim: H, Kv, h.
+      columns: where queries, keys and values begin in their arrays.
+      eps: of the head norms.
+      page: positions of a page; rows of the cache without a table.
+      capacity: positions that a row can hold.
+      cut: how the work is cut up.
+      dtype: of the products.
+      interpret: run without a GPU.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    columns: tuple[int, int, int]
+    eps: float
+    page: int
+    capacity: int
+    cut: Cut
+    dtype: Any
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def padded_group(self) -> int:
+        """The same as a power of two."""
+        return 1 << (self.group - 1).bit_length()
+
+    @property
+    def width(self) -> int:
+        """Queries of a tile: of a matrix instruction's left operand at least 16."""
+        return max(16, self.padded_group * self.cut.queries)
+
+
+Refs = dict[str, Any]
+
+
+def flat(*indices: Any) -> tuple[Any, ...]:
+    """Indices of a tile [n, m] from those of its rows [n, 1], its columns [1, m] and scalars."""
+    shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in indices))
+    return tuple(jnp.broadcast_to(i, shape) if jnp.ndim(i) else i for i in indices)
+
+
+def read(ref: Any, indices: tuple[Any, ...], mask: Any = None) -> jax.Array:
+    """Elements of an array, zero where the mask is False."""
+    from jax.experimental.pallas import triton as plgpu
+
+    indices = flat(*indices)
+    if mask is None:
+        return plgpu.load(ref.at[indices])
+    shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in indices))
+    return plgpu.load(ref.at[indices], mask=jnp.broadcast_to(mask, shape), other=0)
+
+
+def store(ref: Any, indices: tuple[Any, ...], value: jax.Array, mask: Any) -> None:
+    """Write where the mask is True. The interpreter ignores masks: a row index must be out of range there."""
+    from jax.experimental.pallas import triton as plgpu
+
+    indices = tuple(jnp.broadcast_to(i, value.shape) for i in indices)
+    plgpu.store(ref.at[indices], value.astype(ref.dtype), mask=jnp.broadcast_to(mask, value.shape))
+
+
+def product(x: jax.Array, y: jax.Array, dims: tuple[int, int], interpret: bool) -> jax.Array:
+    """x and y contracted over one axis of each, in float32."""
+    if interpret:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return lax.dot_general(x, y, (((dims[0],), (dims[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def power(x: jax.Array, interpret: bool) -> jax.Array:
+    """2 ** x as the hardware does it."""
+    if interpret:
+        return jnp.exp2(x)
+    from jax.experimental.pallas import triton as plgpu
+
+    out = [jax.ShapeDtypeStruct(x.shape, jnp.float32)]
+    [y] = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=out
+    )
+    return y
+
+
+def cache_rows(s: Statics, r: Refs, row: Any, positions: jax.Array, alive: jax.Array) -> jax.Array:
+    """Where positions int32 [n] of a row lie in the cache; anything where they do not live."""
+    if "table" not in r:
+        return row * s.page + positions
+    return read(r["table"], (row, positions // s.page), alive) * s.page + positions % s.page
+
+
+def pages_of(s: Statics, r: Refs, row: Any, first: Any) -> Any:
+    """What a table says of a tile: int32 [tile], or one number where one page holds it. None without a table."""
+    if "table" not in r:
+        return None
+    if s.cut.tile <= s.page:
+        return r["table"][row, lax.min(first, s.capacity - 1) // s.page]
+    positions = lax.min(first + jnp.arange(s.cut.tile, dtype=jnp.int32), s.capacity - 1)
+    return read(r["table"], (row, positions // s.page))
+
+
+def tile_rows(s: Statics, row: Any, first: Any, pages: Any) -> jax.Array:
+    """Where the positions of a tile lie in the cache, by what `pages_of` says of it."""
+    offsets = jnp.arange(s.cut.tile, dtype=jnp.int32)
+    if pages is None:
+        return row * s.page + first + offsets
+    if s.cut.tile <= s.page:
+        return pages * s.page + (first % s.page + offsets)
+    return pages * s.page + offsets % s.page  # a tile begins where a page does
+
+
+def rotated(
+    s: Statics, r: Refs, name: str, row: Any, tokens: jax.Array, columns: Any, alive: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Both halves float32 [n, h / 2] of heads after norm and rotation.
+
+    Args:
+      s: statics.
+      r: the kernel's arrays.
+      name: "q" or "k".
+      row: row of the batch.
+      tokens: int32 [n], of the row.
+      columns: where the heads begin; int32 [n] or a scalar.
+      alive: bool [n]; zero elsewhere.
+    """
+    half = s.head_dim // 2
+    lanes = jnp.arange(half, dtype=jnp.int32)
+    lane, token = lanes[None, :], tokens[:, None]
+    start = (columns[:, None] if jnp.ndim(columns) else columns) + lane
+    mask = alive[:, None]
+    first, second = (read(r[name], (row, token, start + shift), mask).astype(jnp.float32) for shift in (0, half))
+    if f"{name}_norm" in r:
+        square = jnp.sum(first * first + second * second, axis=1) / s.head_dim
+        scale = lax.rsqrt(square + jnp.float32(s.eps))[:, None]
+        norm = r[f"{name}_norm"]
+        at = (r["norm_layer"][0],) if "norm_layer" in r else ()
+        weights = (read(norm, (*at, lanes + shift)).astype(jnp.float32)[None, :] for shift in (0, half))
+        first, second = (x * scale * w for x, w in zip((first, second), weights, strict=True))
+    cosine, sine = (read(r[table], (row, token, lane), mask) for table in ("cosine", "sine"))
+    return first * cosine - second * sine, second * cosine + first * sine
+
+
+def queries(s: Statics, r: Refs, row: Any, head: Any, first: Any) -> tuple[jax.Array, ...]:
+    """The queries [M, h] of a tile; their halves; tokens of the row and heads, both int32 [M], and who is there."""
+    place = jnp.arange(s.width, dtype=jnp.int32)
+    token, member = first + place // s.padded_group, place % s.padded_group
+    alive = (member < s.group) & (place < s.padded_group * s.cut.queries) & (token < r["q"].shape[1])
+    query_head = head * s.group + member
+    halves = rotated(s, r, "q", row, token, s.columns[0] + query_head * s.head_dim, alive)
+    halves = tuple(x.astype(s.dtype) for x in halves)
+    whole = jnp.transpose(jnp.stack(halves, -1), (0, 2, 1)).reshape(s.width, s.head_dim)
+    return whole, *halves, token, query_head, alive
+
+
+def write(
+    s: Statics, r: Refs, out: Refs, row: Any, head: Any, tokens: jax.Array, rows: jax.Array, alive: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Put keys and values of some tokens into the cache, at cache rows `rows`; gives them back as the cache holds them.
+
+    Args:
+      s: statics.
+      r: the kernel's arrays.
+      out: those that it writes.
+      row: row of the batch.
+      head: key head.
+      tokens: int32 [n], of the row.
+      rows: int32 [n], of the cache.
+      alive: bool [n], which of them to write.
+
+    Returns:
+      Both halves of the keys float32 [n, h / 2], values float32 [n, h].
+    """
+    layer, half = r["layer"][0], s.head_dim // 2
+    there = tokens < r["k"].shape[1]
+    k = rotated(s, r, "k", row, tokens, s.columns[1] + head * s.head_dim, there)
+    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
+    column = s.columns[2] + head * s.head_dim + lane
+    v = read(r["v"], (row, tokens[:, None], column), there[:, None]).astype(jnp.float32)
+    at = jnp.where(alive, rows, out["keys"].shape[1])
+    if "key_scales" in out:
+        k_scale = _scale(lax.max(jnp.max(jnp.abs(k[0]), axis=1), jnp.max(jnp.abs(k[1]), axis=1)))
+        v_scale = _scale(jnp.max(jnp.abs(v), axis=1))
+        store(out["key_scales"], (layer, at, head), k_scale, alive)
+        store(out["value_scales"], (layer, at, head), v_scale, alive)
+        k = tuple(_rounded(x, k_scale) for x in k)
+        v = _rounded(v, v_scale)
+    dtype = out["keys"].dtype
+    k, v = tuple(x.astype(dtype) for x in k), v.astype(dtype)
+    for i, x in enumerate(k):
+        store(
+            out["keys"],
+            (layer, at[:, None], head, jnp.arange(half, dtype=jnp.int32)[None, :] + i * half),
+            x,
+            alive[:, None],
+        )
+    store(out["values"], (layer, at[:, None], head, lane), v, alive[:, None])
+    first, second, v = (x.astype(jnp.float32) for x in (*k, v))
+    if "key_scales" in out:
+        first, second, v = first * k_scale[:, None], second * k_scale[:, None], v * v_scale[:, None]
+    return first, second, v
+
+
+def _scale(most: jax.Array) -> jax.Array:
+    return jnp.where(most == 0.0, 1.0, most / 127.0)
+
+
+def _rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale to the nearest whole number, halves up."""
+    return jnp.floor(x / scale[:, None] + 0.5)
+
+
+# float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding
+# them up costs time; float32 weighted values [M, h]. The last two turned round where `swap` says so.
+State = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def nothing(s: Statics) -> State:
+    """The state before any position was seen."""
+    sums = (s.width,) if s.cut.queries > 1 else (s.width, s.cut.tile)
+    shapes = (s.width,), sums, (s.width, s.head_dim)
+    most, total, values = (jnp.full(shape[::-1] if s.cut.swap else shape, 0.0, jnp.float32) for shape in shapes)
+    return most + LEAST, total, values
+
+
+def summed(s: Statics, total: jax.Array) -> jax.Array:
+    """float32 [M]: the sums of a state."""
+    return total if total.ndim == 1 else jnp.sum(total, axis=0 if s.cut.swap else 1)
+
+
+def sweep(
+    s: Statics,
+    r: Refs,
+    q: jax.Array,
+    row: Any,
+    head: Any,
+    turns: tuple[Any, Any],
+    tile_of: Callable[[Any], Any],
+    visible: Callable[[jax.Array], jax.Array] | None,
+    end: Any,
+    state: State,
+) -> State:
+    """See some tiles of the cache.
+
+    Args:
+      s: statics.
+      r: the kernel's arrays.
+      q: [M, h].
+      row: row of the batch.
+      head: key head.
+      turns: first turn of the loop, and the one after its last.
+      tile_of: the tile of a turn.
+      visible: from positions [1, n] to bool [M, n] or [1, n]; None where all of a tile is visible and lives.
+      end: the position after the last that lives.
+      state: what was seen before.
+
+    Returns:
+      The state after them.
+    """
+    layer, tile = r["layer"][0], s.cut.tile
+    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
+    unit = LOG2_E / math.sqrt(s.head_dim)
+
+    # Positions are rows of the products or their columns; queries the other way round.
+    along = 0 if s.cut.swap else 1
+
+    def by_query(x: jax.Array) -> jax.Array:
+        return x[None, :] if s.cut.swap else x[:, None]
+
+    def by_position(x: jax.Array) -> jax.Array:
+        return x[:, None] if s.cut.swap else x[None, :]
+
+    def body(i: Any, carry: Any) -> Any:
+        (most, total, values), pages = carry
+        first = tile_of(i) * tile
+        positions = first + jnp.arange(tile, dtype=jnp.int32)
+        alive = positions < end
+        rows = tile_rows(s, row, first, pages)
+        # A turn ahead, because keys and values wait for it.
+        pages = pages_of(s, r, row, tile_of(i + 1) * tile)
+        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN.
+        mask = None if visible is None else alive[:, None]
+        k = read(r["keys"], (layer, rows[:, None], head, lane), mask)
+        left, right = (k.astype(s.dtype), q) if s.cut.swap else (q, k.astype(s.dtype))
+        scores = product(left, right, (1, 1), s.interpret)
+        scale = unit
+        if "key_scales" in r:
+            scores, scale = scores * by_position(read(r["key_scales"], (layer, rows, head), alive) * unit), 1.0
+        if visible is not None:
+            scores = jnp.where(visible(by_position(positions)) & by_position(alive), scores, -jnp.inf)
+        now = lax.max(most, jnp.max(scores, axis=along) * scale)
+        weights = power(scores * scale - by_query(now), s.interpret)
+        fade = power(most - now, s.interpret)
+        if total.ndim == 1:
+            total = total * fade + jnp.sum(weights, axis=along)
+        else:
+            total = total * by_query(fade) + weights
+        if "value_scales" in r:
+            weights = weights * by_position(read(r["value_scales"], (layer, rows, head), alive))
+        v = read(r["values"], (layer, rows[:, None], head, lane), mask).astype(s.dtype)
+        weights = weights.astype(s.dtype)
+        if s.cut.swap:
+            more = product(v, weights, (0, 0), s.interpret)
+        else:
+            more = product(weights, v, (1, 0), s.interpret)
+        return (now, total, values * by_query(fade) + more), pages
+
+    state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * tile)))
+    return state

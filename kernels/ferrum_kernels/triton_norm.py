@@ -1,0 +1,206 @@
+"""Sums and norms between the branches of a layer on the Triton backend: one kernel where XLA makes several.
+
+`add_norm` adds a branch's output to the residual stream and normalises the sum. `add_norm_route` gives the router's
+logits of the normed sum too; for few tokens in the same kernel: its programs share the experts, and each normalises
+the tokens again, which is cheaper than another kernel. Vectors and routers come as stacks with a layer number, so
+nothing is sliced.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
+COLUMNS = 8  # experts of a program of that kernel
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def takes(x: jax.Array, *others: jax.Array) -> bool:
+    """Whether these kernels take a stream and what is multiplied with it: 16-bit floats of one dtype, some tokens."""
+    return x.dtype in DTYPES and x.size > 0 and all(other.dtype == x.dtype for other in others)
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _stack(array: jax.Array, layer: Any, rank: int) -> tuple[jax.Array, jax.Array]:
+    """(stack, int32 [1] index) of an array with or without a layer axis."""
+    stack = array[None] if array.ndim == rank else array
+    return stack, jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
+
+
+def add_norm(
+    x: jax.Array, y: jax.Array, weight: jax.Array, layer: Any, eps: float, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """x + y in x.dtype, and its RMS norm computed from that in float32.
+
+    Args:
+      x: bfloat16 or float16 [T, D].
+      y: any float [T, D].
+      weight: [D], or [L, D] with `layer`.
+      layer: index into the stack, or None.
+      eps: added to the mean square.
+      interpret: run without a GPU.
+
+    Returns:
+      (sum, norm), both [T, D] in x.dtype.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    tokens, d = x.shape
+    stack, index = _stack(weight, layer, 1)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(
+        functools.partial(_norm_kernel, d, eps, interpret),
+        out_shape=(out, out),
+        grid=(tokens,),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if d > 1024 else 4, num_stages=1),
+        interpret=interpret,
+        name="add_norm",
+    )(x, y, stack, index)
+
+
+def _norm_kernel(
+    d: int, eps: float, interpret: bool, x: Any, y: Any, weight: Any, layer: Any, total: Any, normed: Any
+) -> None:
+    from jax.experimental import pallas as pl
+
+    row = pl.program_id(0)
+    lane, here = _some(0, _power(d), d, interpret)
+    summed = _sum(x, y, row, lane, here)
+    scale = lax.rsqrt(jnp.sum(summed * summed) / d + eps)
+    w = _load(weight, (layer[0], lane), here)
+    _store(total, (row, lane), summed, here)
+    _store(normed, (row, lane), summed * scale * w, here)
+
+
+def add_norm_route(
+    x: jax.Array, y: jax.Array, weight: jax.Array, router: jax.Array, layer: Any, eps: float, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As add_norm, and the logits of a router: one kernel for few tokens, two for more.
+
+    Args:
+      x, y, weight, layer, eps, interpret: as add_norm; weight [D] or [L, D].
+      router: of x's dtype [D, E], or [L, D, E] with `layer`.
+
+    Returns:
+      (sum [T, D], norm [T, D], logits float32 [T, E]). Products of two 16-bit floats are exact in the float32 sum.
+    """
+    if x.shape[0] > FEW:
+        total, norm = add_norm(x, y, weight, layer, eps, interpret)
+        return total, norm, _route(norm, router, layer, interpret)
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    tokens, d = x.shape
+    experts = router.shape[-1]
+    weights, index = _stack(weight, layer, 1)
+    routers, _ = _stack(router, layer, 2)
+    stream = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(
+        functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
+        out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32)),
+        grid=(-(-experts // COLUMNS),),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="add_norm_route",
+    )(x, y, weights, routers, index)
+
+
+def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *refs: Any) -> None:
+    """All inputs of some experts at once, a token after the other."""
+    from jax.experimental import pallas as pl
+
+    x, y, weight, router, layer, total, normed, logits = refs
+    first = pl.program_id(0)
+    lane, here = _some(0, _power(d), d, interpret)
+    column, real = _some(first * COLUMNS, COLUMNS, experts, interpret)
+    at = jnp.broadcast_arrays(lane[:, None], column[None, :])
+    matrix = _load(router, (layer[0], *at), here[:, None] & real[None, :])
+    w = _load(weight, (layer[0], lane), here)
+    for row in range(rows):
+        summed = _sum(x, y, row, lane, here)
+        scale = lax.rsqrt(jnp.sum(summed * summed) / d + eps)
+        norm = (summed * scale * w).astype(normed.dtype)
+        _store(logits, (row, column), jnp.sum(matrix * norm.astype(jnp.float32)[:, None], axis=0), real)
+
+        def keep(row: int = row, summed: jax.Array = summed, norm: jax.Array = norm) -> None:
+            _store(total, (row, lane), summed, here)
+            _store(normed, (row, lane), norm, here)
+
+        pl.when(first == 0)(keep)
+
+
+def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.Array:
+    """float32 x [T, D] @ router on the matrix units; not XLA's product, which would make the router float32 first."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    tokens, experts = x.shape[0], router.shape[-1]
+    routers, index = _stack(router, layer, 2)
+    rows, columns = (16, 32) if tokens <= 256 else (64, 64)
+    return pl.pallas_call(
+        functools.partial(_route_kernel, rows, columns, interpret),
+        out_shape=jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
+        grid=(-(-experts // columns), -(-tokens // rows)),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        interpret=interpret,
+        name="router",
+    )(x, routers, index)
+
+
+def _route_kernel(rows: int, columns: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any) -> None:
+    from jax.experimental import pallas as pl
+
+    (tokens, d), experts = x.shape, router.shape[-1]
+    row, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
+    column, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
+    size = min(128, max(16, _power(d)))
+    dtype = jnp.float32 if interpret else None
+
+    def multiply(i: Any, sums: jax.Array) -> jax.Array:
+        lane, here = _some(i * size, size, d, interpret)
+        of = jnp.broadcast_arrays(row[:, None], lane[None, :])
+        stream = _load(x, tuple(of), seen[:, None] & here[None, :], dtype)
+        of = jnp.broadcast_arrays(lane[:, None], column[None, :])
+        matrix = _load(router, (layer[0], *of), here[:, None] & real[None, :], dtype)
+        return sums + lax.dot(stream, matrix, preferred_element_type=jnp.float32)
+
+    sums = lax.fori_loop(0, -(-d // size), multiply, jnp.zeros((rows, columns), jnp.float32))
+    at = tuple(jnp.broadcast_arrays(row[:, None], column[None, :]))
+    _store(logits, at, sums, seen[:, None] & real[None, :])
+
+
+def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """(indices, which of them exist)."""
+    index = start + jnp.arange(size, dtype=jnp.int32)
+    # The interpreter writes what a mask hides as well. Compiled, a changed index would cost the wide loads.
+    return (jnp.where(index < limit, index, limit) if interpret else index), index < limit
+
+
+def _sum(x: Any, y: Any, row: Any, lane: Any, mask: jax.Array) -> jax.Array:
+    """float32 values of x + y as x.dtype holds them."""
+    added = _load(x, (row, lane), mask) + _load(y, (row, lane), mask)
+    return added.astype(x.dtype).astype(jnp.float32)
+
+
+def _load(ref: Any, index: tuple, mask: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    from jax.experimental.pallas import triton as plgpu
+
+    index = tuple(jnp.broadcast_to(jnp.asarray(i, jnp.int32), mask.shape) for i in index)
+    values = plgpu.load(ref.at[index], mask=mask, other=0)
+    return values if dtype is None else values.astype(dtype)
+
+
+def _store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
+    from jax.experimental.pallas import triton as plgpu
+
+    index = tuple(jnp.broadcast_to(jnp.asarray(i, jnp.int32), mask.shape) for i in index)
+    plgpu.store(ref.at[index], values.astype(ref.dtype), mask=mask)

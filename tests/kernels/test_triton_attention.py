@@ -1,0 +1,139 @@
+"""Attention of the Triton backend, interpreted on the CPU, against plain numpy; what it refuses; that it lowers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ferrum_kernels import triton, triton_attention
+from ferrum_kernels.errors import ShapeError
+from tests.support.attention_cases import Case, build, check, fused
+from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
+
+pytestmark = [
+    ignore_deprecation,
+    pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the Triton kernels need jax 0.10.2"),
+]
+RAGGED: dict[str, Any] = {"start": (0, 5, 17, 40), "count": (1, 1, 0, 1)}
+MANY: dict[str, Any] = {"start": (0, 5, 17, 40), "count": (20, 7, 0, 3), "tokens": 20}
+LONG: dict[str, Any] = {"start": (300, 5, 17, 511), "count": (1, 1, 0, 1), "capacity": 512}
+CASES = {
+    "one": Case(**RAGGED),
+    "one alone": Case(start=(33,), count=(1,), heads=3, kv_heads=1),
+    "one in pages": Case(**RAGGED, page=16, norms=False, dtype="float16"),
+    "one in pages of int8": Case(**RAGGED, page=32, cache="int8"),
+    "one in parts": Case(start=(300, 5, 17, 500), count=(1, 1, 0, 1), capacity=512, page=128),
+    "one in many parts": Case(start=(0, 700, 17, 1023, 300), count=(1, 1, 0, 1, 1), capacity=1024),
+    "one in parts of int8 with a window": Case(**LONG, page=16, cache="int8", window=270),
+    "one with a window": Case(**LONG, window=40, head_dim=16),
+    "one with a window of itself": Case(**RAGGED, window=1),
+    "many": Case(**MANY),
+    "many in groups of three": Case(**MANY, heads=6, norms=False),
+    "many in pages": Case(**MANY, page=16, window=9),
+    "many in pages of int8": Case(**MANY, page=32, cache="int8", dtype="float16"),
+    "many with a window": Case(start=(200, 0), count=(70, 64), tokens=70, capacity=300, window=150, heads=8),
+    "a few, all there is room for": Case(start=(93, 91), count=(3, 3), tokens=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with triton.interpreted():
+        yield
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_equals_plain_numpy(name):
+    check(CASES[name], triton_attention.attention)
+
+
+@pytest.mark.parametrize("name", ["one in parts of int8 with a window", "many in pages"])
+def test_one_product_may_hold_queries_keys_and_values(name):
+    args, _ = build(CASES[name])
+    apart, pools, scales = triton_attention.attention(**args)
+    together = triton_attention.attention_fused(**fused(args))
+    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves((apart, pools, scales)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 7])
+@pytest.mark.parametrize("name", ["one in parts", "one"])
+def test_few_programs_take_several_pieces_and_rows(name, programs, monkeypatch):
+    cut = triton_attention.decode_cut
+    few = lambda *a: dataclasses.replace(cut(*a), programs=programs)  # noqa: E731
+    monkeypatch.setattr(triton_attention, "decode_cut", few)
+    check(CASES[name], triton_attention.attention)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_token_past_the_capacity_is_not_written(tokens):
+    case = Case(start=(94, 95, 96), count=(1, tokens, 1), tokens=tokens, page=16)
+    args, _ = build(case)
+    _, pools, _ = triton_attention.attention(**args)
+    table = np.asarray(args["table"])
+    for before, after in zip(args["pools"], pools, strict=True):
+        changed = ~((before == after) | (jnp.isnan(before) & jnp.isnan(after))).all((0, 3, 4))
+        where = {tuple(int(i) for i in at) for at in np.argwhere(np.asarray(changed))}
+        assert where == {(table[0, 5], 14), (table[1, 5], 15)}
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("cache", ["", "int8"])
+def test_it_lowers_for_cuda_and_writes_in_place(tokens, cache):
+    case = Case(start=(0, 3), count=(tokens,) * 2, tokens=tokens, page=16, capacity=1024, cache=cache, head_dim=128)
+    args, _ = build(case)
+    eps = args.pop("eps")
+    with triton.interpreted(False):
+        text = lower_for_cuda(lambda args: triton_attention.attention(eps=eps, **args), args)
+    calls = [line for line in text.splitlines() if "gpu$xla.gpu.triton" in line]
+    # The cache through every kernel but the one that adds parts up, which has the result.
+    aliases = [len(re.findall(r"output_operand_alias<", call)) for call in calls]
+    pools = 4 if cache else 2
+    assert aliases == [pools, 1 if tokens == 1 else pools]
+
+
+ONE = Case(**RAGGED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((4, 1, 100), jnp.bfloat16)}, "queries a multiple of 32 wide"),
+        ({"q": jnp.zeros((4, 1, 96), jnp.bfloat16)}, r"attention of 3 heads on 2 .* whole groups of heads"),
+        ({"q": jnp.zeros((4, 1, 128), jnp.float32)}, r"in float32: the Triton kernels take bfloat16 and float16"),
+        ({"pools": (jnp.zeros((2, 4, 96, 2, 32), jnp.float16),) * 2}, "it is of bfloat16 without scales"),
+        ({"pools": (jnp.zeros((2, 4, 96, 2, 32), jnp.int8),) * 2}, "or of int8 with two arrays of scales"),
+        ({"pools": (jnp.zeros((2, 3, 96, 2, 32), jnp.bfloat16),) * 2}, "the cache has 3 rows and there are 4"),
+        ({"start": jnp.zeros(3, jnp.int32)}, "there is one start and one count per row"),
+        ({"table": jnp.zeros((3, 2), jnp.int32)}, "it has 4 rows, and a page is a power of two from 16"),
+        ({"table": jnp.zeros((4, 2), jnp.int32)}, "pages of 96 positions; it has 4 rows, and a page is a power of two"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_refused(change, message):
+    args, _ = build(ONE)
+    with pytest.raises(ShapeError, match=message):
+        triton_attention.attention(**{**args, **change})
+
+
+def test_a_product_of_another_width_is_refused():
+    args = fused(build(ONE)[0])
+    with pytest.raises(ShapeError, match=r"it is \[B, T, \(H \+ 4\) \* 32\]: queries, keys, values"):
+        triton_attention.attention_fused(**{**args, "qkv": args["qkv"][..., :128]})
+
+
+def test_int8_where_offsets_of_32_bits_do_not_reach_is_refused():
+    args, _ = build(Case(**RAGGED, page=16, cache="int8"))
+    shape = (48, 13000, 16, 4, 64)
+    args["pools"] = (jax.ShapeDtypeStruct(shape, jnp.int8),) * 2
+    args["scales"] = (jax.ShapeDtypeStruct(shape[:-1], jnp.float32),) * 2
+    args |= {name: args[name].repeat(2, -1) for name in ("cosine", "sine")} | {"norms": None}
+    args |= {"q": args["q"].repeat(2, -1), "k": args["k"].repeat(4, -1), "v": args["v"].repeat(4, -1)}
+    eps = args.pop("eps")
+    with pytest.raises(ShapeError, match=r"keys in int8 take 2\.4 GiB"):
+        jax.eval_shape(lambda args: triton_attention.attention(eps=eps, **args), args)

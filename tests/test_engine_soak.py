@@ -1,0 +1,114 @@
+"""Sequences that come and go for a long time: always what they say alone, no new program, no growth of memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.buckets import Buckets
+from ferrum_jax.checkpoint.load import Model
+from ferrum_jax.engine import Engine
+from tests.support.compiling import Compilations
+
+MOST = 24
+PROMPTS = [
+    "Once upon a time there was a king who had three sons, and the youngest of them was called",
+    "The fox",
+    "In the beginning",
+    "A long time ago, when the animals could speak, the wolf and the lamb met at the brook. " * 3,
+    "She said: I will not go. " * 5,
+]
+WAYS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3, "top_k": 40}, {"repetition_penalty": 1.2}]
+
+
+def resident() -> int:
+    """Bytes of this process in main memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def held() -> tuple[int, int]:
+    """(number, bytes) of arrays that are alive."""
+    gc.collect()
+    arrays = jax.live_arrays()
+    return len(arrays), sum(array.nbytes for array in arrays)
+
+
+def soak(model: Model, steps: int, overlap: bool) -> dict[str, int]:
+    """Run so many steps after a warm-up; returns what happened."""
+    buckets = Buckets(batch=(1, 4), prefill=(32,), cache=(128,))
+    engine = Engine(model, slots=4, pages=20, page=8, buckets=buckets, overlap=overlap)
+    cases = [(prompt, way) for prompt in PROMPTS for way in WAYS]
+    alone = {}
+    for case, (prompt, way) in enumerate(cases):
+        streamed = fj.stream_generate(model, prompt, buckets=buckets, max_tokens=MOST, ignore_eos=True, **way)
+        alone[case] = [step.token for step in streamed]
+    engine.warm_up()
+    assert engine.submit(PROMPTS[0], max_tokens=2) == 0
+    list(engine.run())
+
+    rng = np.random.default_rng(0)
+    counts = dict.fromkeys(("ended", "cancelled", "tokens"), 0)
+    running: dict[int, tuple[int, int, list[int]]] = {}  # id -> case, tokens wanted, tokens so far
+
+    def submit() -> None:
+        case, length = int(rng.integers(len(cases))), int(rng.integers(1, MOST + 1))
+        id = engine.submit(cases[case][0], max_tokens=length, ignore_eos=True, **cases[case][1])
+        running[id] = case, length, []
+
+    def step() -> None:
+        for id, event in engine.step():
+            case, length, said = running[id]
+            said.append(event.token)
+            counts["tokens"] += 1
+            if event.finish_reason:
+                assert said == alone[case][:length], f"{cases[case]} of {length} tokens"
+                counts["ended"] += 1
+                del running[id]
+
+    def drain() -> None:
+        while running:
+            step()
+
+    compilations = Compilations()
+    before, memory = None, 0
+    for number in range(steps):
+        if len(running) < 8 and rng.random() < 0.4:
+            submit()
+        if running and rng.random() < 0.02:
+            id = int(rng.choice(list(running)))
+            counts["cancelled"] += engine.cancel(id)
+            del running[id]
+        step()
+        if number == steps // 4:
+            drain()
+            before, memory = held(), resident()
+    drain()
+    assert engine.idle and engine.load.free_pages == 20
+    assert held() == before
+    assert resident() - memory < 32 * 2**20
+    assert compilations.count == 0
+    return counts | {"preemptions": engine.load.preemptions}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return fj.load("demo", dtype="float32", quiet=True)
+
+
+def test_a_short_soak(model: Model) -> None:
+    counts = soak(model, 150, overlap=True)
+    assert counts["ended"] > 15 and counts["cancelled"] > 0 and counts["preemptions"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
+def test_two_thousand_steps(model: Model, overlap: bool) -> None:
+    counts = soak(model, 2000, overlap)
+    assert counts["ended"] > 200 and counts["cancelled"] > 10 and counts["preemptions"] > 10
