@@ -116,7 +116,7 @@ def rows(
             "compile_seconds": compile_seconds,
             "relative_error": error,
             "clocks": clocks,
-            "cut": [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in _cut(count, cfg)],
+            "cut": _cut(count * top_k, *stacks),
         }
 
 
@@ -165,11 +165,11 @@ def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, rou
 
     @jax.jit
     def run(x: jax.Array, logits: jax.Array, up: TiledLinear, down: TiledLinear) -> tuple[jax.Array, jax.Array]:
-        ids = triton.route(logits, None, top_k, True)[0]
+        ids, *_ = triton.route(logits, None, top_k, True)
         dead = jnp.ones((layers, experts, 1, 1), bool).at[at, ids.reshape(-1)].set(False)
         up, down = (dataclasses.replace(w, scales=jnp.where(dead, jnp.nan, w.scales)) for w in (up, down))
-        y, chosen, _ = triton.routed_experts(x, logits, None, top_k, True, up, down, at)
-        return y, chosen
+        y, ids, _ = triton.routed_experts(x, logits, None, top_k, True, up, down, at)
+        return y, ids
 
     for shape in ((count * top_k, down.k), (count * top_k, up.k), (count, up.k)):
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32)).delete()
@@ -215,10 +215,12 @@ def _float32(
     return y
 
 
-def _cut(tokens: int, cfg: Any) -> tuple[Any, ...]:
-    from ferrum_kernels.triton_tiles import expert_tiles
+def _cut(pairs: int, gate_up: TiledLinear, down: TiledLinear) -> list[Any]:
+    """How the two products are cut: both as objects, with the rows of a block where there are blocks."""
+    from ferrum_kernels.triton_tiles import expert_tiles, few_cuts
 
-    return expert_tiles(tokens * cfg.top_k, cfg.num_experts)
+    parts = few_cuts(pairs, down.num_experts, gate_up, down) or expert_tiles(pairs, down.num_experts)
+    return [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
 
 
 HEADER = (

@@ -79,12 +79,7 @@ def test_the_check_passes_what_is_right(stacks, routing):
 )
 def test_the_check_stops_what_is_wrong(stacks, monkeypatch, spoil, message):
     right = triton.routed_experts
-
-    def wrong(*arguments):
-        y, *routing = right(*arguments)
-        return spoil(y), *routing
-
-    monkeypatch.setattr(triton, "routed_experts", wrong)
+    monkeypatch.setattr(triton, "routed_experts", lambda *given: (spoil((found := right(*given))[0]), *found[1:]))
     with triton.interpreted(), pytest.raises(ValueError, match=message):
         gpu_table.checked(stacks, 1, 2, "one", jnp.bfloat16)
 
