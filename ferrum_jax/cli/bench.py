@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from ferrum_jax.cli.bench_about import about
 from ferrum_jax.cli.bench_compare import compare, read_report, text_of_comparison
 from ferrum_jax.cli.bench_roofline import ceilings
-from ferrum_jax.cli.bench_sweep import Sweep, own_compile_cache, sweep
+from ferrum_jax.cli.bench_sweep import LATEST, Sweep, own_compile_cache, sweep
 from ferrum_jax.cli.bench_sweep import lines as rows_as_lines
 from ferrum_jax.cli.options import NO_DEFAULT, Loading, UsageError, load_model, start_jax
 from ferrum_jax.cli.output import Status, emit, size, table
@@ -38,8 +38,8 @@ class Bench(Loading):
 
     Lists make a sweep, a line each: --batch 1,16,64 --context 256,8192 --prefill 128,4096. A decode line writes
     --new-tokens around its context; a prefill line reads one prompt. Each says how near it comes to what the device
-    must at least read or compute (experts touched as expected of equal chances for the distinct tokens of a step), and
-    lines that do not fit say so. Rows of random weights soon write the same tokens; --temperature 1 keeps them apart.
+    must at least read or compute, where the experts that a step reads are counted, and lines that do not fit say so.
+    Rows of random weights soon write the same tokens, which go to the same experts; --temperature 1 keeps them apart.
 
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -105,7 +105,7 @@ class Bench(Loading):
         return {
             **about(self, model),
             **rows,
-            "experts_touched": "expected of equal chances for the distinct tokens of a step",
+            "experts_touched": f"counted in a forward pass over the last {LATEST} tokens of every row",
             "temperature": self.temperature,
             "ceilings": asdict(ceiling),
             "new_tokens": self.new_tokens,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ferrum_jax.sampling import SamplingParams
 
 FILL_TOKENS = 2**14  # tokens of all rows together that one step reads while caches are filled
+LATEST = 16  # tokens of each row that experts are counted over
 SLOTS = 128  # caches are a multiple of this
 TOGETHER = 0.25  # of the mean gap; tokens that arrive closer to each other come from one dispatch
 
@@ -123,18 +124,18 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
     sampling = _sampling(batch, options.new_tokens, options.temperature)
     compiles = _compile(model, _prompts(model, batch, 1), sampling, buckets)
     prompts = _prompts(model, batch, start)
-    gaps, rates, first, distinct = [], [], [], []
+    gaps, rates, first, run = [], [], [], None
     for _ in range(options.repeats):
         run = _timed(model, prompts, sampling, buckets)
         if run.stats.compile_seconds:
             run = _timed(model, prompts, sampling, buckets)
         arrivals, stats = run.arrivals, run.stats
-        distinct.append(statistics.mean(run.distinct))
         gaps += gaps_of(arrivals)
         rates.append(batch * (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]))
         first.append(stats.first_token_seconds)
-    different = statistics.mean(distinct)
-    read = decode_bytes(model.cfg, model.params, batch, context, different)
+    assert run is not None
+    touched = experts_counted(model, run.written)
+    read = decode_bytes(model.cfg, model.params, batch, context, touched)
     least = None if ceiling.bytes_per_second is None else sum(read.values()) / ceiling.bytes_per_second
     rate = statistics.median(rates)
     return {
@@ -144,7 +145,8 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
         "inter_token_p50_seconds": _quantile(gaps, 0.5),
         "inter_token_p99_seconds": _quantile(gaps, 0.99),
         "first_token_seconds": statistics.median(first),
-        "distinct_tokens": different,
+        "distinct_tokens": statistics.mean(len(set(tokens)) for tokens in zip(*run.written, strict=True)),
+        "experts_touched": touched,
         "weight_bytes": read["weights"],
         "live_cache_bytes": read["cache"],
         "roofline_tokens_per_second": None if least is None else batch / least,
@@ -209,26 +211,54 @@ def _sampling(batch: int, new_tokens: int, temperature: float) -> list[SamplingP
 
 @dataclass(frozen=True)
 class _Run:
-    """When each token of the first row came, the stats of the last step, how many different tokens each step had."""
+    """When each token of the first row came, the stats of the last step, what each row has written."""
 
     arrivals: list[float]
     stats: Stats
-    distinct: list[int]
+    written: list[list[int]]
 
 
 def _timed(model: Model, prompts: list[list[int]], sampling: list[SamplingParams], buckets: Buckets) -> _Run:
     from ferrum_jax.generation import stream_batch
 
-    arrivals, distinct, stats = [], [set() for _ in range(sampling[0].max_tokens)], None
+    arrivals, stats = [], None
+    written: list[list[int]] = [[] for _ in prompts]
     for step in stream_batch(model, prompts, sampling, buckets=buckets):
         if step.finish_reason == "nonfinite_logits":
             raise BackendError("the model gave logits that are NaN or infinite, so its speed means nothing.")
         if step.row == 0:
             arrivals.append(time.perf_counter())
         stats = step.stats
-        distinct[stats.generated_tokens - 1].add(step.token)
+        written[step.row].append(step.token)
     assert stats is not None
-    return _Run(arrivals, stats, [len(tokens) for tokens in distinct])
+    return _Run(arrivals, stats, written)
+
+
+def experts_counted(model: Model, written: list[list[int]]) -> float | None:
+    """How many experts of a layer a decode step reads, counted in a forward pass over the latest tokens of every row.
+
+    Args:
+      model: that wrote them.
+      written: tokens of each row, all of one length; the pass sees the last LATEST of them and nothing before.
+
+    Returns:
+      The mean over MoE layers, at the last token; None for a model without experts.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from ferrum_jax.model import forward
+
+    if not model.cfg.num_experts:
+        return None
+
+    def chosen(params: Any, tokens: Any) -> list[Any]:
+        _, aux = forward(params, tokens, model.cfg, with_aux=True)
+        return [routing.experts[:, :, -1] for routing in aux.routing if routing is not None]
+
+    tokens = jnp.asarray([row[-LATEST:] for row in written], jnp.int32)
+    layers = [layer for run in jax.device_get(jax.jit(chosen)(model.params, tokens)) for layer in run]
+    return statistics.mean(len(set(layer.ravel().tolist())) for layer in layers)
 
 
 def gaps_of(arrivals: Sequence[float]) -> list[float]:
@@ -301,6 +331,9 @@ def own_compile_cache() -> Iterator[None]:
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The rows of a sweep for people."""
 
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.0f} %"
 
@@ -319,7 +352,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         fitting = [row for row in rows if row["fits"]]
         if fitting:
             decode = name == "decode"
-            middle = ("p50 ms", "p99 ms", "distinct") if decode else ("first token ms",)
+            middle = ("p50 ms", "p99 ms", "experts") if decode else ("first token ms",)
             header = (*keys, "tok/s", *middle, "of roofline", "cache", "compile s", "warm s")
             cells = []
             for row in fitting:
@@ -333,7 +366,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
                         *(str(row[key]) for key in keys),
                         f"{row['tokens_per_second']:.0f}",
                         *(f"{1e3 * value:.2f}" for value in times),
-                        *((f"{row['distinct_tokens']:.1f}",) if decode else ()),
+                        *((number(row["experts_touched"]),) if decode else ()),
                         percent(row["roofline_fraction"]),
                         size(row["cache_bytes"]),
                         *compiling(row),
