@@ -22,6 +22,8 @@ from ferrum_jax.moe import add_norm_route, moe_layer
 
 Params = dict[str, Any]
 
+UNROLL = 4  # layers of a turn of the loop, in a decode step on a GPU
+
 
 class Place(NamedTuple):
     """Where a layer lies.
@@ -86,7 +88,9 @@ def run_layers(
                     y = mlp(p["mlp"], h, cfg, index)
             return (index + 1, x, y, state), ((x + y, routing) if with_aux else (None, None))
 
-        (_, x, y, state), ys = lax.scan(body, (jnp.int32(0), x, y, state), None, length=count)
+        # The loop's own work is a few launches, which weigh where a layer is a few.
+        unroll = UNROLL if uses_triton(cfg) and x.shape[1] == 1 else 1
+        (_, x, y, state), ys = lax.scan(body, (jnp.int32(0), x, y, state), None, length=count, unroll=unroll)
         seen.append(ys)
         start += count
     return x, y, state, seen
