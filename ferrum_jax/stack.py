@@ -18,7 +18,7 @@ from jax import lax
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import MixedStack, is_weight
 from ferrum_jax.layers import add_norm, linear, mlp, uses_triton
-from ferrum_jax.moe import add_norm_route, moe_layer
+from ferrum_jax.moe import add_norm_route, moe_layer, router_rows
 
 Params = dict[str, Any]
 
@@ -68,8 +68,11 @@ def run_layers(
     y, seen, start = jnp.zeros_like(x), [], 0
     for run in params["layers"]:
         count = run["input_norm"].shape[0]
+        routers = router_rows(run["moe"]["router"], x, cfg) if "moe" in run else None
 
-        def body(carry: tuple, _: None, run: Params = run, start: int = start) -> tuple[tuple, tuple]:
+        def body(
+            carry: tuple, _: None, run: Params = run, start: int = start, routers: Any = routers
+        ) -> tuple[tuple, tuple]:
             index, x, y, state = carry
             at = Place(index, start + index, _window(cfg, start + index), run)
             p = take_layer(run, index)
@@ -80,7 +83,7 @@ def run_layers(
             routing = None
             if "moe" in p:
                 with jax.named_scope("moe"):
-                    x, h, logits = add_norm_route(x, y, run["post_norm"], p["moe"]["router"], cfg, index)
+                    x, h, logits = add_norm_route(x, y, run["post_norm"], routers, cfg, index)
                     y, routing = moe_layer(p["moe"], h, cfg, layer=index, mask=mask, logits=logits)
             else:
                 with jax.named_scope("mlp"):
