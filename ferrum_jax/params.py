@@ -33,6 +33,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
 from ferrum_jax.kernels import PackedLinear, default_implementation
 from ferrum_jax.plan import Plan, make_plan
+from ferrum_kernels.bits import centred
 from ferrum_kernels.folding import folds, reorder_gate_and_up
 from ferrum_kernels.tiles import tile_all
 
@@ -222,7 +223,8 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
     def leaf(path: tuple, shape: tuple[int, ...], dtype: Any, parent: PackedLinear | None) -> np.ndarray:
         name = jax.tree_util.keystr(path)
         if dtype == jnp.uint32:
-            return rng.integers(0, 2**32, shape, np.uint32)
+            words = rng.integers(0, 2**32, shape, np.uint32)
+            return words if parent is None else centred(words, parent.bits)
         if dtype == jnp.int32:
             return np.broadcast_to(rng.permutation(shape[-1]).astype(np.int32), shape)
         if parent is not None:
