@@ -29,6 +29,8 @@ class Buckets:
       batch: rows.
       prefill: tokens of a prompt read in one step; longer prompts are read in pieces of the largest.
       cache: tokens a row can hold.
+      steps: decode steps of one dispatch; None means 1 or 8 on a GPU and 1 elsewhere. With more than one size the next
+        dispatch is queued before the last one's tokens are read.
 
     Raises:
       ConfigError: a ladder is empty, not rising or not positive.
@@ -40,14 +42,23 @@ class Buckets:
     batch: tuple[int, ...] = _ladder(1, 256)
     prefill: tuple[int, ...] = _ladder(16, 512, per_octave=2)
     cache: tuple[int, ...] = _ladder(128, 2**20)
+    steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             sizes = getattr(self, field.name)
+            if sizes is None and field.default is None:
+                continue
             if not sizes or sizes[0] < 1 or any(b <= a for a, b in itertools.pairwise(sizes)):
                 raise ConfigError(
                     f"Buckets.{field.name} is {sizes}; it must hold at least one size, all positive and rising."
                 )
+
+    def steps_of_dispatch(self) -> tuple[int, ...]:
+        """The ladder of decode steps on this device."""
+        if self.steps is not None:
+            return self.steps
+        return (1, 8) if jax.default_backend() == "gpu" else (1,)
 
     def fit(self, name: str, size: int) -> int:
         """The smallest bucket that holds `size`.

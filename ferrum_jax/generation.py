@@ -1,81 +1,34 @@
-"""Text from a model: batches of prompts through bucketed steps, one token per step, streamed as it comes."""
+"""Text from a model: batches of prompts through bucketed steps, streamed as it comes.
+
+On a GPU a dispatch is several steps, and the next one is queued before the last one's tokens are read, so that the
+device never waits for the host. Rows end on the device by stop ids, limits and logits that are not finite; a stop
+string ends a row on the host, and what the device has sampled past it is dropped.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.buckets import BucketedStep, Buckets, CompileRecord
+from ferrum_jax.buckets import Buckets
 from ferrum_jax.budget import check_cache
-from ferrum_jax.cache import KVCache, init_cache
+from ferrum_jax.cache import init_cache
 from ferrum_jax.checkpoint.load import Model
-from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, RequestError
-from ferrum_jax.model import prefill
-from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler, sample_step
-from ferrum_jax.stopping import StopText
-
-Prompt = str | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stats:
-    """Counts and times of one request so far.
-
-    Attributes:
-      prompt_tokens: tokens read.
-      generated_tokens: tokens sampled, the end-of-text token included.
-      first_token_seconds: from the call to the first token, compilation left out.
-      decode_seconds: from the first token to the latest, compilation left out.
-      compile_seconds: spent on compiling, or on reading compiled programs from disk.
-    """
-
-    prompt_tokens: int
-    generated_tokens: int
-    first_token_seconds: float
-    decode_seconds: float
-    compile_seconds: float
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens over the time to the first token."""
-        return self.prompt_tokens / max(self.first_token_seconds, 1e-9)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens after the first over their time; 0.0 before there are any."""
-        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
-    """One token of one row.
-
-    Attributes:
-      text: what became certain with this token; empty while a character or a possible stop string is incomplete.
-      token: its id.
-      logprob: its log-probability under the model's own distribution.
-      finish_reason: None while going on, "stop" (end of text, stop id or stop string), "length" (max_tokens or the
-        context is full) or "nonfinite_logits" (the model broke; this row's last token means nothing).
-      stats: counts and times.
-      top_logprobs: (id, log-probability) of the best alternatives, as many as SamplingParams.logprobs asks for.
-      row: index of the prompt in the batch.
-    """
-
-    text: str
-    token: int
-    logprob: float
-    finish_reason: str | None
-    stats: Stats
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    row: int = 0
+from ferrum_jax.requests import Answer, request_of, token_ids
+from ferrum_jax.requests import Prompt as Prompt
+from ferrum_jax.requests import Stats as Stats
+from ferrum_jax.requests import Step as Step
+from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler
+from ferrum_jax.steps import Ahead, going
+from ferrum_jax.steps import Steps as Steps
+from ferrum_jax.steps import steps_for as steps_for
 
 
 def stream_generate(
@@ -107,7 +60,7 @@ def stream_generate(
     >>> len(steps), steps[-1].finish_reason
     (3, 'length')
     """
-    request = _request(sampling, options)
+    request = request_of(sampling, options)
     # Checked here, not at the first next(): an error belongs to the call that caused it.
     batch = _Batch.start(model, [prompt], [request], buckets or Buckets())
     return batch.steps()
@@ -143,7 +96,7 @@ def stream_batch(
             raise RequestError("give sampling values either as SamplingParams per prompt or as keywords, not both.")
         requests = list(sampling)
     else:
-        requests = [_request(sampling, options)] * len(prompts)
+        requests = [request_of(sampling, options)] * len(prompts)
     return _Batch.start(model, prompts, requests, buckets or Buckets()).steps()
 
 
@@ -189,64 +142,6 @@ def generate(
     return texts[0] if isinstance(prompts, str) else texts
 
 
-def _request(sampling: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
-    if sampling is not None and options:
-        raise RequestError("give sampling values either as SamplingParams or as keywords, not both.")
-    known = {field.name for field in dataclasses.fields(SamplingParams)}
-    if unknown := sorted(options.keys() - known):
-        raise RequestError(f"{unknown[0]!r} is not a sampling value; accepted are {', '.join(sorted(known))}.")
-    return sampling or SamplingParams(**options)
-
-
-class Steps:
-    """The compiled steps of one configuration."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        """Prepare; nothing compiles before its first use.
-
-        Args:
-          cfg: the model's configuration.
-        """
-        self.cfg = cfg
-        self._by_plan: dict[Hashable, dict[str, BucketedStep]] = {}
-
-    def of(self, params: Any, plan: SamplerPlan) -> dict[str, BucketedStep]:
-        """The steps "prefill", "sample" and "decode" for parameters of one structure and one sampler plan."""
-        leaves, structure = jax.tree.flatten(params)
-        key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), plan)
-        if key not in self._by_plan:
-            self._by_plan[key] = {
-                "prefill": BucketedStep("prefill", self._prefill, ("cache", "logits")),
-                "sample": BucketedStep("sample", functools.partial(self._sample, plan), ("state",)),
-                "decode": BucketedStep("decode", functools.partial(self._decode, plan), ("cache", "state")),
-            }
-        return self._by_plan[key]
-
-    def records(self) -> list[CompileRecord]:
-        """Every compilation so far."""
-        return [record for steps in self._by_plan.values() for step in steps.values() for record in step.records]
-
-    def _prefill(self, params: Any, tokens: Any, lengths: Any, cache: KVCache, logits: Any) -> Any:
-        new, cache = prefill(params, tokens, lengths, cache, self.cfg)
-        return jnp.where((lengths > 0)[:, None], new, logits), cache
-
-    def _sample(self, plan: SamplerPlan, logits: Any, state: Any) -> Any:
-        return sample_step(logits, state, plan)
-
-    def _decode(self, plan: SamplerPlan, params: Any, token: Any, active: Any, cache: KVCache, state: Any) -> Any:
-        # A prefill of one token, or of none for rows that have ended: they route to no expert.
-        logits, cache = prefill(params, token[:, None], active, cache, self.cfg)
-        # Rows that ended have no logits of their own; zeros keep them finite.
-        sampled, state = sample_step(jnp.where((active > 0)[:, None], logits, 0.0), state, plan)
-        return sampled, cache, state
-
-
-@functools.lru_cache(maxsize=16)
-def steps_for(cfg: ModelConfig) -> Steps:
-    """The compiled steps of a configuration, shared by every call in this process."""
-    return Steps(cfg)
-
-
 @dataclasses.dataclass
 class _Batch:
     """One run of the host loop; the only mutable thing here."""
@@ -262,7 +157,7 @@ class _Batch:
     def start(model: Model, prompts: Sequence[Prompt], requests: list[SamplingParams], buckets: Buckets) -> _Batch:
         if len(requests) != len(prompts):
             raise RequestError(f"there are {len(prompts)} prompts and {len(requests)} SamplingParams; give one each.")
-        ids = [_token_ids(model, prompt, row) for row, prompt in enumerate(prompts)]
+        ids = [token_ids(model, prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
         context = model.cfg.max_position
         for row, prompt in enumerate(ids):
             if len(prompt) >= context:
@@ -283,8 +178,8 @@ class _Batch:
         plan = SamplerPlan.of(self.requests)
         padding = batch - rows
         requests, prompts = self.requests + [SamplingParams()] * padding, self.prompts + [[]] * padding
-        steps = steps_for(cfg).of(params, plan)
-        compiled_before = _compile_seconds(steps)
+        programs = steps_for(cfg).of(params, plan)
+        compiled_before = programs.compile_seconds()
 
         widest = self.buckets.prefill[-1]
         check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))))
@@ -300,69 +195,35 @@ class _Batch:
                 piece = prompt[start : start + width]
                 tokens[row, : len(piece)] = piece
             count = np.clip(lengths - start, 0, width).astype(np.int32)
-            logits, cache = steps["prefill"](
+            logits, cache = programs.prefill(
                 (batch, width, slots), params=params, tokens=tokens, lengths=count, cache=cache, logits=logits
             )
             start += width
-        sampled, state = steps["sample"]((batch,), logits=logits, state=state)
+        sampled, state = programs.sample((batch,), logits=logits, state=state)
 
-        texts = [StopText(self.model.tokenizer.stream(), tuple(request.stop)) for request in self.requests]
-        stops = [self._stop_ids(request) for request in self.requests]
+        answers = [Answer(self.model, *request) for request in zip(self.requests, self.limits, strict=True)]
         active = np.array([1] * rows + [0] * padding, np.int32)
-        first = 0.0
-        for count in range(1, max(self.limits) + 1):
-            host = jax.device_get(sampled)
-            now, compiling = time.perf_counter(), _compile_seconds(steps) - compiled_before
-            first = first or now - self.began - compiling
-            decode = now - self.began - compiling - first
-            for row in map(int, np.flatnonzero(active[:rows])):
-                stats = Stats(len(self.prompts[row]), count, first, decode, compiling)
-                step = self._row(row, host, texts[row], stops[row], count, stats)
-                active[row] = step.finish_reason is None
-                yield step
+        left = np.array([limit - 1 for limit in self.limits] + [0] * padding, np.int32)
+        found: Sampled | None = jax.tree.map(lambda leaf: leaf[None], jax.device_get(sampled))
+        ahead, count, first, before = None, 0, 0.0, 0.0
+        while found is not None:
+            compiling = programs.compile_seconds() - compiled_before
+            elapsed = time.perf_counter() - self.began - compiling
+            if ahead is not None:
+                ahead.took(len(found.token), elapsed - before)
+            first, before = first or elapsed, elapsed
+            for i in range(len(found.token)):
+                count += 1
+                one = jax.tree.map(lambda leaf, i=i: leaf[i], found)
+                for row in map(int, np.flatnonzero(active[:rows])):
+                    stats = Stats(len(self.prompts[row]), count, first, elapsed - first, compiling)
+                    step = answers[row].take(one, row, stats, row)
+                    active[row] = step.finish_reason is None
+                    yield step
             if not active.any():
                 return
-            sampled, cache, state = steps["decode"](
-                (batch, slots), params=params, token=sampled.token, active=active.copy(), cache=cache, state=state
-            )
-
-    def _stop_ids(self, request: SamplingParams) -> frozenset[int]:
-        end = self.model.cfg.eos_token_ids or self.model.tokenizer.eos_token_ids
-        return frozenset(request.stop_token_ids) | frozenset(() if request.ignore_eos else end)
-
-    def _row(self, row: int, host: Sampled, text: StopText, stops: frozenset[int], count: int, stats: Stats) -> Step:
-        token, request = int(host.token[row]), self.requests[row]
-        logprob = float(host.logprob[row])  # pyright: ignore[reportOptionalSubscript]
-        top: tuple[tuple[int, float], ...] = ()
-        if request.logprobs and host.top_ids is not None and host.top_logprobs is not None:
-            best = zip(host.top_ids[row], host.top_logprobs[row], strict=True)
-            top = tuple((int(i), float(value)) for i, value in best)[: request.logprobs]
-        if not host.finite[row]:
-            return Step(text.flush(), token, logprob, "nonfinite_logits", stats, top, row)
-        if token in stops:
-            return Step(text.flush(), token, logprob, "stop", stats, top, row)
-        piece = text.push(token)
-        if text.stopped:
-            return Step(piece, token, logprob, "stop", stats, top, row)
-        if count == self.limits[row]:
-            return Step(piece + text.flush(), token, logprob, "length", stats, top, row)
-        return Step(piece, token, logprob, None, stats, top, row)
-
-
-def _token_ids(model: Model, prompt: Prompt, row: int) -> list[int]:
-    if isinstance(prompt, str):
-        ids = model.tokenizer.encode(prompt)
-    else:
-        ids = [int(token) for token in prompt]
-    if not ids:
-        raise RequestError(f"prompt {row} is empty; give at least one token, such as the first word.")
-    low, high, vocab = min(ids), max(ids), model.cfg.vocab_size
-    if low < 0 or high >= vocab:
-        raise RequestError(
-            f"prompt {row} holds token ids {low} to {high}; this model's vocabulary is 0 to {vocab - 1}."
-        )
-    return ids
-
-
-def _compile_seconds(steps: dict[str, BucketedStep]) -> float:
-    return sum(record.seconds for step in steps.values() for record in step.records)
+            if ahead is None:
+                on_device = going(sampled.token, active.copy(), left, [answer.stops for answer in answers])
+                ahead = Ahead(programs, params, on_device, cache, state, self.buckets.steps_of_dispatch())
+            ahead.fill(active, left)
+            found = ahead.take()

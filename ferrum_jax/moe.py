@@ -276,28 +276,22 @@ def _on_triton(
     logits = _router_logits(params["router"], x, portable, layer) if logits is None else logits
     live_tokens = None if mask is None else mask.reshape(-1)
 
-    def routing_of(logits: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
-        return triton.route(logits, mask, cfg.top_k, cfg.norm_topk_prob)
+    def layer_of(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
+        x, logits = activations
+        mask, experts, layer = constants
+        stacks = experts["gate_up"], experts["down"]
+        return triton.routed_experts(x, logits, mask, cfg.top_k, cfg.norm_topk_prob, *stacks, layer)
 
-    def routing_specified(logits: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+    def layer_specified(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
+        x, logits = activations
+        mask, experts, layer = constants
         routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
-        live = _live(routing.experts, mask, cfg)
-        return routing.experts, routing.weights, live, triton.count(live, cfg.num_experts)
+        plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts)
+        y = combine(run_experts(experts, x, plan, portable, layer), plan, routing.weights).astype(x.dtype)
+        return y, routing.experts, routing.weights
 
-    def experts_of(activations: tuple, constants: tuple) -> jax.Array:
-        x, weights = activations
-        live, counts, experts, layer = constants
-        return triton.experts(x, live, weights, counts, experts["gate_up"], experts["down"], layer)
-
-    def experts_specified(activations: tuple, constants: tuple) -> jax.Array:
-        x, weights = activations
-        live, _, experts, layer = constants
-        plan = dispatch(live, cfg.num_experts)
-        return combine(run_experts(experts, x, plan, portable, layer), plan, weights).astype(x.dtype)
-
-    chosen, weights, live, counts = differentiable(routing_of, routing_specified)(logits, live_tokens)
-    constants = live, counts, params["experts"], index
-    y = differentiable(experts_of, experts_specified)((x, weights), constants)
+    constants = live_tokens, params["experts"], index
+    y, chosen, weights = differentiable(layer_of, layer_specified)((x, logits), constants)
     return y, Routing(logits, chosen, weights)
 
 

@@ -136,7 +136,57 @@ def test_nothing_compiles_outside_the_buckets(model: Model) -> None:
     seen = [(record.step, record.bucket) for record in steps_for(cfg).records()]
     assert len(seen) == len(set(seen))
     assert {bucket for step, bucket in seen if step == "prefill"} <= {(b, t, 64) for b in (1, 2) for t in (16, 32)}
-    assert {bucket for step, bucket in seen if step == "decode"} == {(1, 64), (2, 64)}
+    assert {bucket for step, bucket in seen if step == "decode"} == {(1, 64, 1, 8), (2, 64, 1, 8)}
+
+
+def shown(steps: list[Step]) -> list[tuple]:
+    return [(step.row, step.token, step.text, step.finish_reason) for step in steps]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.9, "seed": 5, "top_k": 40, "logprobs": 2},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"stop": (" the",)},
+    ],
+)
+@pytest.mark.parametrize("ladder", [(4,), (1, 4)])
+def test_several_steps_of_one_dispatch_give_the_tokens_of_one(
+    model: Model, options: dict, ladder: tuple[int, ...]
+) -> None:
+    one = list(stream_batch(model, PROMPTS, max_tokens=11, **options))
+    several = list(stream_batch(model, PROMPTS, max_tokens=11, buckets=Buckets(steps=ladder), **options))
+    assert shown(several) == shown(one)
+    np.testing.assert_allclose([step.logprob for step in several], [step.logprob for step in one], atol=1e-5)
+    assert [step.stats.generated_tokens for step in several] == [step.stats.generated_tokens for step in one]
+
+
+def test_rows_end_on_the_device_by_their_own_stop_ids_and_limits(model: Model) -> None:
+    whole = tokens(list(fj.stream_generate(model, PROMPTS[0], max_tokens=8)))
+    requests = [
+        SamplingParams(max_tokens=9, stop_token_ids=(whole[3],)),
+        SamplingParams(max_tokens=2),
+        SamplingParams(max_tokens=7, stop_token_ids=tuple(range(3000, 3020))),
+    ]
+    one = list(stream_batch(model, PROMPTS, requests))
+    several = list(stream_batch(model, PROMPTS, requests, buckets=Buckets(steps=(4,))))
+    assert shown(several) == shown(one)
+    assert [step.finish_reason for step in several if step.finish_reason] == ["length", "stop", "length"]
+
+
+def test_a_row_whose_logits_break_between_two_reads_of_the_host_ends_alone(model: Model) -> None:
+    alone = tokens(list(fj.stream_generate(model, PROMPTS[0], max_tokens=9)))
+    broken = next(token for token in alone if alone.count(token) == 1 and token != alone[0])
+    params = {**model.params, "embed": model.params["embed"].at[broken].set(jnp.nan)}
+    params["lm_head"] = model.params["embed"].T
+    bad = dataclasses.replace(model, params=params)
+    steps = list(stream_batch(bad, PROMPTS[:2], max_tokens=9, buckets=Buckets(steps=(4,))))
+    mine = [step for step in steps if step.row == 0]
+    assert [step.token for step in mine[:-1]] == alone[: alone.index(broken) + 1]
+    assert mine[-1].finish_reason == "nonfinite_logits"
+    assert tokens(steps, 1) == tokens(list(fj.stream_generate(model, PROMPTS[1], max_tokens=9)))
 
 
 def test_edited_parameters_of_another_structure_get_steps_of_their_own(model: Model) -> None:

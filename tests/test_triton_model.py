@@ -110,6 +110,26 @@ def test_prompts_and_steps_with_its_attention_equal_the_portable_ones(demo, monk
         assert relative(found, expected) < 2e-2
 
 
+def test_a_whole_model_equals_the_portable_one(demo):
+    cfg = demo[0]
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf,
+        fj.load("demo", quiet=True).params,
+    )
+    tokens, lengths = jnp.array([[11, 12, 13], [21, 22, 0]]), jnp.array([3, 2])
+
+    def logits(params, cfg):
+        first, cache = fj.prefill(params, tokens, lengths, fj.init_cache(cfg, batch=2, length=16), cfg)
+        last, _ = fj.decode_step(params, jnp.array([31, 32]), cache, cfg)
+        return [np.asarray(x, np.float64) for x in (first, last)]
+
+    portable = logits(params, dataclasses.replace(cfg, implementation="xla"))
+    with triton.interpreted():
+        mine = logits(tile_all(params), dataclasses.replace(cfg, implementation="triton"))
+    for found, expected in zip(mine, portable, strict=True):
+        assert relative(found, expected) < 1e-2
+
+
 def test_its_attention_is_chosen_where_activations_cache_and_heads_suit_it(demo):
     cfg = dataclasses.replace(demo[0], implementation="triton")
 

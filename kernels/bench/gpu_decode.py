@@ -1,7 +1,7 @@
 """Decode a whole model of random weights on a GPU: tokens per second by batch, and the kernels of one layer.
 
 Weights are made on the device, in tiles, and routing is near uniform. Each batch reads 256 tokens of random keys and
-values and goes on greedily; steps are queued one behind the other and each takes the token of the last one.
+values and goes on by the steps that `generate` runs, queued one behind the other.
 
     python kernels/bench/gpu_decode.py --batches 1,16,64 --profile 1,64
 """
@@ -28,8 +28,9 @@ import numpy as np
 from ferrum_jax.cache import KVCache, init_cache
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
-from ferrum_jax.model import decode_step
 from ferrum_jax.params import abstract
+from ferrum_jax.sampling import SamplerPlan, SamplingParams, init_sampler
+from ferrum_jax.steps import decode_steps, going
 from ferrum_kernels.tiles import TiledLinear, is_weight, tile_all
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -74,16 +75,6 @@ def random_tiles(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(tile_all, abstract(cfg)), is_leaf=is_weight)
 
 
-def step_of(cfg: ModelConfig) -> Any:
-    """One greedy step: (params, token [B], cache) -> (token, cache)."""
-
-    def step(params: Any, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        logits, cache = decode_step(params, token, cache, cfg)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
-
-    return jax.jit(step, donate_argnames="cache")
-
-
 def cache_of(cfg: ModelConfig, batch: int, context: int, slots: int) -> KVCache:
     """A cache that holds `context` tokens of random keys and values per row."""
 
@@ -97,30 +88,42 @@ def cache_of(cfg: ModelConfig, batch: int, context: int, slots: int) -> KVCache:
     return make()
 
 
-def measure(
-    compiled: Any, params: Any, token: jax.Array, cache: KVCache, steps: int
-) -> tuple[float, jax.Array, KVCache]:
-    """Median milliseconds of a step over five queues of steps."""
-    times = []
-    for turn in range(6):
-        began = time.perf_counter()
-        for _ in range(steps):
-            token, cache = compiled(params, token, cache)
-        jax.block_until_ready(token)
-        if turn:
-            times.append((time.perf_counter() - began) / steps * 1e3)
-    return statistics.median(times), token, cache
+@dataclasses.dataclass
+class Queue:
+    """Decode steps queued one behind the other."""
+
+    compiled: Any
+    params: Any
+    count: int
+    rows: Any
+    cache: Any
+    state: Any
+
+    def run(self, dispatches: int) -> None:
+        """Dispatch and wait for all."""
+        keep = np.ones(self.rows.token.shape, np.int32)
+        for _ in range(dispatches):
+            _, self.rows, self.cache, self.state = self.compiled(
+                params=self.params, going=self.rows, keep=keep, cache=self.cache, state=self.state
+            )
+        jax.block_until_ready(self.rows)
+
+    def milliseconds(self, steps: int) -> float:
+        """Median of a step over five runs of so many steps."""
+        self.run(1)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            self.run(max(1, steps // self.count))
+            times.append((time.perf_counter() - began) / max(1, steps // self.count) / self.count * 1e3)
+        return statistics.median(times)
 
 
-def kernels(
-    compiled: Any, params: Any, token: jax.Array, cache: KVCache, steps: int = 4
-) -> list[tuple[str, float, float]]:
+def kernels(queue: Queue, dispatches: int = 2) -> list[tuple[str, float, float]]:
     """(kernel, launches of a step, microseconds of a step) by time, the sum of all and the span first."""
-    folder = tempfile.mkdtemp()
+    folder, steps = tempfile.mkdtemp(), dispatches * queue.count
     with jax.profiler.trace(folder):
-        for _ in range(steps):
-            token, cache = compiled(params, token, cache)
-        jax.block_until_ready(token)
+        queue.run(dispatches)
     [file] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     times: dict[str, list[float]] = collections.defaultdict(list)
     ends = []
@@ -156,6 +159,10 @@ def main() -> None:
     parser.add_argument("--profile", default="", help="batches whose kernels are listed")
     parser.add_argument("--rows", type=int, default=30, help="of a list of kernels")
     parser.add_argument("--lm-head-bits", type=int, default=None)
+    parser.add_argument("--dispatch", default="1,8", help="steps of a dispatch")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--option", action="append", default=[], help="of the compiler, NAME=VALUE")
     args = parser.parse_args()
     cfg = load_toml_config(args.config)
@@ -165,32 +172,45 @@ def main() -> None:
     params = jax.block_until_ready(random_tiles(cfg))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; weights in {time.perf_counter() - began:.1f} s")
     options = dict(option.split("=", 1) for option in args.option)
-    batches = [int(text) for text in args.batches.split(",")]
+    requests = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=1)
+    plan = SamplerPlan.of([requests])
+    cases = [(batch, count) for batch in numbers(args.batches) for count in numbers(args.dispatch)]
 
-    def compiled_for(batch: int) -> tuple[float, Any]:
-        cache = jax.eval_shape(lambda: init_cache(cfg, batch, args.slots))
-        token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    def inputs(batch: int, cache: Any) -> dict[str, Any]:
+        token = jnp.arange(batch, dtype=jnp.int32) * 7 + 11
+        rows = going(token, np.ones(batch), np.full(batch, 2**30), [()] * batch)
+        state = init_sampler([requests] * batch, cfg.vocab_size, plan=plan)
+        return {"going": jax.tree.map(jnp.asarray, rows), "cache": cache, "state": state}
+
+    def compiled_for(case: tuple[int, int]) -> tuple[float, Any]:
+        batch, count = case
+        given = inputs(batch, jax.eval_shape(lambda: init_cache(cfg, batch, args.slots)))
+        step = jax.jit(partial(decode_steps, cfg, plan, count), donate_argnames=("cache", "state"))
         began = time.perf_counter()
-        compiled = step_of(cfg).lower(params, token, cache).compile(compiler_options=options or None)
+        lowered = step.lower(params=params, keep=jax.ShapeDtypeStruct((batch,), jnp.int32), **given)
+        compiled = lowered.compile(compiler_options=options or None)
         return time.perf_counter() - began, compiled
 
     with ThreadPoolExecutor(8) as pool:
-        programs = dict(zip(batches, pool.map(compiled_for, batches), strict=True))
-    profiled = {int(text) for text in args.profile.split(",") if text}
-    for batch, (seconds, compiled) in programs.items():
-        cache = cache_of(cfg, batch, args.context, args.slots)
-        token = jnp.arange(batch, dtype=jnp.int32) * 7 + 11
-        steps = min(args.steps, (args.slots - args.context - 8) // 6)
-        milliseconds, token, cache = measure(compiled, params, token, cache, steps)
+        programs = dict(zip(cases, pool.map(compiled_for, cases), strict=True))
+    for (batch, count), (seconds, compiled) in programs.items():
+        given = inputs(batch, cache_of(cfg, batch, args.context, args.slots))
+        queue = Queue(compiled, params, count, given["going"], given["cache"], given["state"])
+        milliseconds = queue.milliseconds(min(args.steps, (args.slots - args.context) // 6 - 2 * count))
         print(
-            f"batch {batch:4}: {milliseconds:7.3f} ms a step, {batch / milliseconds * 1e3:8.0f} tok/s "
-            f"(compiled in {seconds:.1f} s)",
+            f"batch {batch:4}, {count} steps a dispatch: {milliseconds:7.3f} ms a step, "
+            f"{batch / milliseconds * 1e3:8.0f} tok/s (compiled in {seconds:.1f} s)",
             flush=True,
         )
-        if batch in profiled:
-            for name, launches, microseconds in kernels(compiled, params, token, cache)[: args.rows]:
+        if batch in numbers(args.profile) and count == numbers(args.dispatch)[0]:
+            for name, launches, microseconds in kernels(queue)[: args.rows]:
                 print(f"    {name[:60]:60} {launches / layers:6.2f} a layer {microseconds / layers:8.2f} us a layer")
-        del cache
+        del queue, given
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers between commas."""
+    return [int(one) for one in text.split(",") if one]
 
 
 if __name__ == "__main__":

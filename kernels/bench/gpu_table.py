@@ -73,8 +73,7 @@ def rows(cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, rout
 
         def run(x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
             for layer in range(layers):
-                _, weights, live, counts = triton.route(logits[layer], None, top_k, True)
-                x = triton.experts(x, live, weights, counts, stacks[0], stacks[1], layer)
+                x, _, _ = triton.routed_experts(x, logits[layer], None, top_k, True, stacks[0], stacks[1], layer)
             return x
 
         began = time.perf_counter()

@@ -1,6 +1,6 @@
 """The Triton backend of Pallas: products and whole expert layers on NVIDIA GPUs from compute capability 8.0 on.
 
-Weights come as TiledLinear, which `tile` makes once at load. An expert layer is four or five kernels: routing
+Weights come as TiledLinear, which `tile` makes once at load. An expert layer is two to five kernels: routing
 (triton_route), places of pairs where several share experts, gate and up with silu(gate) * up, down with the routing
 weight, and the sum over each token's experts. Nothing is sorted, sliced or copied, and dead experts are not read.
 """
@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton_route, triton_rows
+from ferrum_kernels import triton_few, triton_route, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.packed import PackedLinear
 from ferrum_kernels.tiles import TiledLinear, cannot_tile
+from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import Rows, product
 from ferrum_kernels.triton_route import count as count
-from ferrum_kernels.triton_tiles import expert_tiles, fit, row_tile
+from ferrum_kernels.triton_tiles import expert_tiles, few_cuts, fit, row_tile
 
 NAME = "triton"
 MOST_ROWS = 64  # of a block of a Dispatch that one program takes
@@ -120,7 +121,7 @@ def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax
     if w.perm is not None:
         x = jnp.take(x, w.perm if index is None else w.perm[index], axis=-1)
     if m <= triton_rows.MOST:
-        cut = triton_rows.fit(triton_rows.Cut(), w.num_blocks)
+        cut = triton_rows.cut_for(m, w.num_blocks)
         return triton_rows.product(padded(x, w), w, index, cut, out_dtype, _interpret.get())[:, : w.n_per_expert]
     block, tile = row_tile(m)
     tile = fit(tile, w.words.shape[-2], w.num_blocks)
@@ -195,6 +196,78 @@ def experts(
       [T, D] in x.dtype. silu(gate) * up is rounded to x.dtype; a pair's output is kept in float32 unless there are
       MANY_PAIRS of them, then in x.dtype; sums are float32.
     """
+    if cuts := few_cuts(live.size, down.num_experts, gate_up, down):
+        flat, top_k = live.reshape(-1), live.shape[1]
+        source = padded(x, gate_up)
+        if gate_up.perm is not None:
+            source = _permuted(x[jnp.arange(flat.shape[0]) // top_k], gate_up, layer, flat)
+        [h] = triton_few.gated(source, gate_up, layer, cuts[0], top_k, live=live, interpret=_interpret.get())
+        return _down_of_few(h, live, weights, down, layer, cuts[1])
+    counts = count(live, down.num_experts) if counts is None else counts
+    return _experts_in_blocks(x, live, weights, counts, gate_up, down, layer)
+
+
+def routed_experts(
+    x: jax.Array,
+    logits: jax.Array,
+    mask: jax.Array | None,
+    top_k: int,
+    norm: bool,
+    gate_up: TiledLinear,
+    down: TiledLinear,
+    layer: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`route` and `experts` in one: with few tokens the first kernel of the experts chooses them.
+
+    Args:
+      x: bfloat16 or float16 [T, D], T at least 1.
+      logits: float [T, E].
+      mask: bool [T], False for tokens that go nowhere; None: none.
+      top_k: K.
+      norm: rescale the K weights to sum to one.
+      gate_up, down, layer: as in `experts`.
+
+    Returns:
+      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K].
+    """
+    cuts = few_cuts(x.shape[0] * top_k, down.num_experts, gate_up, down)
+    if cuts is None or gate_up.perm is not None or gate_up.num_experts > triton_few.MOST_LANES:
+        chosen, weights, live, counts = route(logits, mask, top_k, norm)
+        if cuts is None and x.shape[0] <= MOST_COLUMNS:
+            return _experts_in_blocks(x, live, weights, None, gate_up, down, layer), chosen, weights
+        return experts(x, live, weights, counts, gate_up, down, layer), chosen, weights
+    h, chosen, weights, live = triton_few.gated(
+        padded(x, gate_up),
+        gate_up,
+        layer,
+        cuts[0],
+        top_k,
+        logits=logits,
+        mask=mask,
+        norm=norm,
+        interpret=_interpret.get(),
+    )
+    return _down_of_few(h, live, weights, down, layer, cuts[1]), chosen, weights
+
+
+def _down_of_few(
+    h: jax.Array, live: jax.Array, weights: jax.Array, down: TiledLinear, layer: Any, cut: Cut
+) -> jax.Array:
+    h = padded(h, down) if down.perm is None else _permuted(h, down, layer, live.reshape(-1))
+    y = triton_few.down(h, live, weights.astype(jnp.float32), down, layer, cut, interpret=_interpret.get())
+    return y[:, : down.n_per_expert]
+
+
+def _experts_in_blocks(
+    x: jax.Array,
+    live: jax.Array,
+    weights: jax.Array,
+    counts: jax.Array | None,
+    gate_up: TiledLinear,
+    down: TiledLinear,
+    layer: Any,
+) -> jax.Array:
+    """`experts` by blocks of an expert's pairs; without counts, of few enough tokens that a block takes them all."""
     interpret = _interpret.get()
     tokens, top_k = live.shape
     pairs, features, num_experts = tokens * top_k, down.k, down.num_experts
@@ -204,15 +277,14 @@ def experts(
     fused = 2 * features == gate_up.words.shape[-2] and features % 16 == 0
     up_tile = fit(up_tile, features if fused else gate_up.words.shape[-2], gate_up.num_blocks)
     down_tile = fit(down_tile, down.words.shape[-2], down.num_blocks)
-    if up_block:
+    if counts is None:
+        table = up_block = down_block = tokens
+        blocks, rows = num_experts, Rows(tokens, live=live)
+    else:
         table = max(up_block, down_block)
         blocks = max_blocks(pairs, num_experts, table)
-        counts = count(live, num_experts) if counts is None else counts
         order, *tables = triton_route.place(live, counts, num_experts, table, blocks, interpret)
         rows = Rows(table, experts=tables[0], starts=tables[1], counts=tables[2], order=order)
-    else:  # each pair is a block of its own
-        table = up_block = down_block = 1
-        blocks, rows = pairs, Rows(1, flat)
 
     def run(x: jax.Array, w: TiledLinear, block: int, tile: Any, out: Any, **how: Any) -> jax.Array:
         shared = {"gated": how.pop("gated", False), "weights": how.pop("weights", None), "interpret": interpret}
@@ -220,7 +292,7 @@ def experts(
         return product(x, w, index, these, blocks * (table // block), pairs, tile, out, **shared)
 
     # A permutation is its expert's own, so permuted rows are one per pair.
-    by_pair = down.perm is not None
+    by_pair = down.perm is not None or counts is None
     source, per_row = padded(x, gate_up), top_k
     if gate_up.perm is not None:
         source, per_row = _permuted(x[jnp.arange(pairs) // top_k], gate_up, index, flat), 1
@@ -228,7 +300,7 @@ def experts(
     h = run(source, gate_up, up_block, up_tile, dtype, gated=fused, pairs_per_row=per_row, by_pair=by_pair)
     if not fused:
         h = (jax.nn.silu(h[:, :features]) * h[:, features : 2 * features]).astype(x.dtype)
-    h = _permuted(h, down, index, flat) if by_pair else padded(h, down)
+    h = padded(h, down) if down.perm is None else _permuted(h, down, index, flat)
     dtype = x.dtype if pairs >= MANY_PAIRS else jnp.float32
     weight = weights.astype(jnp.float32).reshape(-1)
     y = run(h, down, down_block, down_tile, dtype, weights=weight, pairs_per_row=int(by_pair), by_pair=True)
@@ -237,6 +309,7 @@ def experts(
     return jnp.where(real, y.astype(jnp.float32), 0.0).sum(1).astype(x.dtype)
 
 
+MOST_COLUMNS = 32  # tokens that are all columns of every expert's product, so that pairs need no places
 MANY_PAIRS = 4096  # from here on a pair's output is written in 16 bits: writing it would take a tenth of the time
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
+from ferrum_kernels.triton_decode import decode, dot, side_by_side
 
 LEAST_ROWS = 8  # of a matrix instruction's right operand, as this backend builds it
 
@@ -49,6 +50,8 @@ class Rows:
       starts, counts: int32 [blocks], each block's first place and how many it has; None: block * b and all of them.
       share: this product cuts each block of those tables into so many (static).
       order: int32 [places], the pair at each place; None: places are pairs.
+      live: int32 [T, K], the experts of tokens: block e is expert e, its rows are the tokens that chose it; in place of
+        experts, starts, counts and order, where T is at most `block`.
       pairs_per_row: input rows are tokens of that many pairs; 0 where they are places (static).
       by_pair: write to the pair's row, else to the place's (static).
     """
@@ -58,6 +61,7 @@ class Rows:
     starts: Any = None
     counts: Any = None
     order: Any = None
+    live: Any = None
     share: int = 1
     pairs_per_row: int = 0
     by_pair: bool = False
@@ -109,6 +113,7 @@ def product(
         "starts": rows.starts,
         "counts": rows.counts,
         "order": rows.order,
+        "live": rows.live,
         "weights": weights,
         "x": x,
         "words": w.words,
@@ -118,14 +123,14 @@ def product(
     given = {name: array for name, array in named.items() if array is not None}
     width = max(LEAST_ROWS, 1 << (rows.block - 1).bit_length())
     statics = _Statics(
-        rows=dataclasses.replace(rows, experts=None, starts=None, counts=None, order=None),
+        rows=dataclasses.replace(rows, experts=None, starts=None, counts=None, order=None, live=None),
         width=width,
         tile=tile,
         bits=w.bits,
         group=w.group_size,
         groups=w.num_groups,
         blocks=w.num_blocks,
-        num_experts=0 if rows.experts is None else w.num_experts,
+        num_experts=0 if rows.experts is None and rows.live is None else w.num_experts,
         layered=layered,
         columns=columns,
         gated=gated,
@@ -171,16 +176,21 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     tile, rows = s.tile, s.rows
     first, block = pl.multiple_of(pl.program_id(0) * tile.n, tile.n), pl.program_id(1)
     lanes = jnp.arange(s.width, dtype=jnp.int32)
-    expert = r["experts"][block // rows.share] if "experts" in r else None
-    inside = (block % rows.share) * rows.block
-    if "counts" in r:
-        start, count = r["starts"][block // rows.share] + inside, r["counts"][block // rows.share] - inside
+    if "live" in r:
+        expert = block
+        pairs, alive = _choosers(r["live"], expert, lanes)
+        places, count = lanes, jnp.sum(jnp.where(alive, 1, 0))
     else:
-        start = block * rows.block
-        count = out.shape[-2] - start
-    alive = lanes < lax.min(count, rows.block)
-    places = jnp.where(alive, start + lanes, start)
-    pairs = plgpu.load(r["order"].at[places], mask=alive, other=0) if "order" in r else places
+        expert = r["experts"][block // rows.share] if "experts" in r else None
+        inside = (block % rows.share) * rows.block
+        if "counts" in r:
+            start, count = r["starts"][block // rows.share] + inside, r["counts"][block // rows.share] - inside
+        else:
+            start = block * rows.block
+            count = out.shape[-2] - start
+        alive = lanes < lax.min(count, rows.block)
+        places = jnp.where(alive, start + lanes, start)
+        pairs = plgpu.load(r["order"].at[places], mask=alive, other=0) if "order" in r else places
     sources = places if rows.pairs_per_row == 0 else pairs // rows.pairs_per_row
     # The interpreter writes what a mask hides as well, so rows that are not there point past the end.
     targets = jnp.where(alive, pairs if rows.by_pair else places, out.shape[-2])
@@ -209,6 +219,19 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     pl.when(mine)(compute)
     if s.fill:
         pl.when(~mine)(lambda: write(jnp.zeros(seen.shape, jnp.float32)))
+
+
+def _choosers(live: Any, expert: Any, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pair of each token with an expert, and whether it has chosen it."""
+    from jax.experimental.pallas import triton as plgpu
+
+    tokens, top_k = live.shape
+    slot = jnp.arange(1 << (top_k - 1).bit_length(), dtype=jnp.int32)
+    here = (token < tokens)[:, None] & (slot < top_k)[None, :]
+    at = jnp.broadcast_arrays(token[:, None], slot[None, :])
+    hit = here & (plgpu.load(live.at[at[0], at[1]], mask=here, other=-1) == expert)
+    pair = token * top_k + jnp.sum(jnp.where(hit, slot[None, :], 0), axis=1)
+    return pair, jnp.sum(jnp.where(hit, 1, 0), axis=1) > 0
 
 
 def _sums(
@@ -254,7 +277,7 @@ def _sums(
             part: Any = total if s.groups == 1 else None
             for i in range(j, j + span, wide):
                 floats = [decode(word, i + p, s.bits, zero[j // span], s.dtype, s.interpret) for p in range(wide)]
-                d = _dot(_side_by_side(floats), x[i // wide], s.interpret)
+                d = dot(side_by_side(floats), x[i // wide], s.interpret)
                 part = d if part is None else part + d
             total = part if s.groups == 1 else total + part * scale[j // span].astype(jnp.float32)[:, None]
         return total
@@ -281,18 +304,6 @@ def _sums(
     return totals
 
 
-def _side_by_side(planes: list[jax.Array]) -> jax.Array:
-    """[n, 32 * planes] of one, two or four planes: a change of names, no data moves between threads."""
-    if len(planes) == 1:
-        return planes[0]
-    n = planes[0].shape[0]
-    if len(planes) == 2:
-        return jnp.transpose(jnp.stack(planes, -1), (0, 2, 1)).reshape(n, 2 * PLANE)
-    a, b, c, d = planes
-    four = jnp.stack([jnp.stack([a, b], -1), jnp.stack([c, d], -1)], -1)
-    return jnp.transpose(four, (0, 3, 2, 1)).reshape(n, 4 * PLANE)
-
-
 def _activations(s: _Statics, x: Any, k: Any, size: int, sources: jax.Array, alive: jax.Array) -> jax.Array:
     """[width, size] in the dtype of the product, zero where no row is."""
     from jax.experimental import pallas as pl
@@ -304,78 +315,3 @@ def _activations(s: _Statics, x: Any, k: Any, size: int, sources: jax.Array, ali
     if s.interpret:  # the interpreter takes no slice beside an array
         index = tuple(jnp.broadcast_arrays(sources[:, None], k + jnp.arange(size)[None, :]))
     return plgpu.load(x.at[index], mask=seen, other=0)
-
-
-def _dot(weights: jax.Array, x: jax.Array, interpret: bool) -> jax.Array:
-    if interpret:
-        weights, x = weights.astype(jnp.float32), x.astype(jnp.float32)
-    return lax.dot_general(weights, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def decode(words: jax.Array, j: int, bits: int, zero: jax.Array | None, dtype: Any, interpret: bool) -> jax.Array:
-    """Plane j of containers [n, 32] as code - zero, exact in `dtype`.
-
-    Args:
-      words: uint16 [n, 32].
-      j: plane.
-      bits: 4 or 8.
-      zero: uint8 [n], or None for 2**(bits - 1).
-      dtype: bfloat16 or float16.
-      interpret: use plain operations.
-
-    Returns:
-      [n, 32].
-    """
-    if interpret:
-        code = (words.astype(jnp.int32) >> (bits * j)) & (2**bits - 1)
-        return (code - (2 ** (bits - 1) if zero is None else zero.astype(jnp.int32)[:, None])).astype(dtype)
-    from jax.experimental.pallas import triton as plgpu
-
-    if jnp.dtype(dtype) == jnp.bfloat16 and bits == 8:
-        asm, base = _wide_asm(j, zero is not None), 0.0
-    else:
-        asm, base = _narrow_asm(j, bits, jnp.dtype(dtype) == jnp.bfloat16, zero is not None)
-    args, constraints = [words], "=r,r"
-    if zero is not None:
-        minus = (-base - zero.astype(jnp.float32)).astype(dtype)
-        args, constraints = [words, jnp.broadcast_to(minus[:, None], words.shape)], "=r,r,r"
-    [value] = plgpu.elementwise_inline_asm(
-        asm, args=args, constraints=constraints, pack=2, result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)]
-    )
-    return value
-
-
-def _narrow_asm(j: int, bits: int, bfloat: bool, zero: bool) -> tuple[str, float]:
-    """PTX for two containers, and what the code has been added to: a float whose last bit is worth one.
-
-    `(x >> shift) & mask | base` is base + code in both halves of a register; a fused multiply-add takes base + zero
-    away. Exact: all of these are integers that the dtype holds.
-    """
-    base, bits_of_base, kind = (128.0, 0x4300, "bf16x2") if bfloat else (1024.0, 0x6400, "f16x2")
-    one = 0x3F803F80 if bfloat else 0x3C003C00
-    mask = 2**bits - 1
-    # -(base + middle): the middle is added to the last places of base's bits, and the sign is the top one.
-    minus = 0x8000 | (bits_of_base + 2 ** (bits - 1))
-    subtract = "$2" if zero else "m"
-    constant = "" if zero else f"mov.b32 m, 0x{minus:04x}{minus:04x}; "
-    shift = f"shr.b32 t, $1, {bits * j}; lop3.b32 t, t, " if j else "lop3.b32 t, $1, "
-    asm = (
-        "{ .reg .b32 t, m, u; " + constant + f"mov.b32 u, 0x{one:08x}; "
-        f"{shift}0x{mask:04x}{mask:04x}, 0x{bits_of_base:04x}{bits_of_base:04x}, 0xea; "
-        f"fma.rn.{kind} $0, t, u, {subtract}; }}"
-    )
-    return asm, base
-
-
-def _wide_asm(j: int, zero: bool) -> str:
-    """PTX for two containers of 8-bit codes to bfloat16, which has too few places for the trick: by way of float32."""
-    low, high = 0x7440 | j, 0x7440 | (2 + j)
-    middle = "mov.b32 z, 0xc3000000; mov.b32 y, 0xc3000000; "  # -128.0
-    if zero:
-        middle = "shl.b32 z, $2, 16; and.b32 y, $2, 0xffff0000; "
-    return (
-        "{ .reg .b32 a, b; .reg .f32 z, y, c, d; " + middle + f"prmt.b32 a, $1, 0x4b000000, 0x{low:04x}; "
-        f"prmt.b32 b, $1, 0x4b000000, 0x{high:04x}; "
-        "mov.b32 c, a; mov.b32 d, b; sub.f32 c, c, 0f4B000000; sub.f32 d, d, 0f4B000000; "
-        "add.f32 c, c, z; add.f32 d, d, y; cvt.rn.bf16x2.f32 $0, d, c; }"
-    )

@@ -1,8 +1,9 @@
 """Sums and norms between the branches of a layer on the Triton backend: one kernel where XLA makes several.
 
 `add_norm` adds a branch's output to the residual stream and normalises the sum. `add_norm_route` gives the router's
-logits of the normed sum too: programs share the experts, and each normalises its tokens again, which is cheaper than
-waiting for another kernel. Vectors and routers come as stacks with a layer number, so nothing is sliced.
+logits of the normed sum too; for few tokens in the same kernel: its programs share the experts, and each normalises
+the tokens again, which is cheaper than another kernel. Vectors and routers come as stacks with a layer number, so
+nothing is sliced.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FEW = 4  # tokens up to which a program adds products up by itself; more go to the matrix units
-ROWS = 16  # tokens of a program of the matrix units
+FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
+COLUMNS = 8  # experts of a program of that kernel
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -83,7 +84,7 @@ def _norm_kernel(
 def add_norm_route(
     x: jax.Array, y: jax.Array, weight: jax.Array, router: jax.Array, layer: Any, eps: float, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As add_norm, and the logits of a router.
+    """As add_norm, and the logits of a router: one kernel for few tokens, two for more.
 
     Args:
       x, y, weight, layer, eps, interpret: as add_norm; weight [D] or [L, D].
@@ -92,6 +93,9 @@ def add_norm_route(
     Returns:
       (sum [T, D], norm [T, D], logits float32 [T, E]). Products of two 16-bit floats are exact in the float32 sum.
     """
+    if x.shape[0] > FEW:
+        total, norm = add_norm(x, y, weight, layer, eps, interpret)
+        return total, norm, _route(norm, router, layer, interpret)
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
@@ -100,27 +104,24 @@ def add_norm_route(
     weights, index = _stack(weight, layer, 1)
     routers, _ = _stack(router, layer, 2)
     stream = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    few = tokens <= FEW
-    rows, columns = (tokens, 16) if few else (ROWS, 32)
-    kernel = functools.partial(_few_kernel if few else _many_kernel, d, experts, rows, columns, eps)
     return pl.pallas_call(
-        functools.partial(kernel, interpret),
+        functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
         out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32)),
-        grid=(-(-experts // columns), -(-tokens // rows)),
-        compiler_params=plgpu.CompilerParams(num_warps=8 if few else 4, num_stages=1 if few else 4),
+        grid=(-(-experts // COLUMNS),),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="add_norm_route",
     )(x, y, weights, routers, index)
 
 
-def _few_kernel(d: int, experts: int, rows: int, columns: int, eps: float, interpret: bool, *refs: Any) -> None:
+def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *refs: Any) -> None:
     """All inputs of some experts at once, a token after the other."""
     from jax.experimental import pallas as pl
 
     x, y, weight, router, layer, total, normed, logits = refs
     first = pl.program_id(0)
     lane, here = _some(0, _power(d), d, interpret)
-    column, real = _some(first * columns, columns, experts, interpret)
+    column, real = _some(first * COLUMNS, COLUMNS, experts, interpret)
     at = jnp.broadcast_arrays(lane[:, None], column[None, :])
     matrix = _load(router, (layer[0], *at), here[:, None] & real[None, :])
     w = _load(weight, (layer[0], lane), here)
@@ -137,48 +138,42 @@ def _few_kernel(d: int, experts: int, rows: int, columns: int, eps: float, inter
         pl.when(first == 0)(keep)
 
 
-def _many_kernel(d: int, experts: int, rows: int, columns: int, eps: float, interpret: bool, *refs: Any) -> None:
-    """Some tokens times some experts on the matrix units, in steps over the inputs; twice over the stream."""
+def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.Array:
+    """float32 x [T, D] @ router on the matrix units; not XLA's product, which would make the router float32 first."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    tokens, experts = x.shape[0], router.shape[-1]
+    routers, index = _stack(router, layer, 2)
+    rows, columns = (16, 32) if tokens <= 256 else (64, 64)
+    return pl.pallas_call(
+        functools.partial(_route_kernel, rows, columns, interpret),
+        out_shape=jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
+        grid=(-(-experts // columns), -(-tokens // rows)),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        interpret=interpret,
+        name="router",
+    )(x, routers, index)
+
+
+def _route_kernel(rows: int, columns: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any) -> None:
     from jax.experimental import pallas as pl
 
-    x, y, weight, router, layer, total, normed, logits = refs
-    first, tokens = pl.program_id(0), x.shape[0]
+    (tokens, d), experts = x.shape, router.shape[-1]
     row, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
-    column, real = _some(first * columns, columns, experts, interpret)
+    column, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
     size = min(128, max(16, _power(d)))
-    steps = -(-d // size)
-
-    def stream(i: Any) -> tuple[jax.Array, Any, jax.Array]:
-        lane, here = _some(i * size, size, d, interpret)
-        at = tuple(jnp.broadcast_arrays(row[:, None], lane[None, :]))
-        mask = seen[:, None] & here[None, :]
-        return _sum(x, y, *at, mask), at, mask
-
-    def squares(i: Any, sums: jax.Array) -> jax.Array:
-        summed, _, _ = stream(i)
-        return sums + jnp.sum(summed * summed, axis=1)
-
-    zero = jnp.zeros((rows,), jnp.float32)
-    scale = lax.rsqrt(lax.fori_loop(0, steps, squares, zero) / d + eps)
+    dtype = jnp.float32 if interpret else None
 
     def multiply(i: Any, sums: jax.Array) -> jax.Array:
         lane, here = _some(i * size, size, d, interpret)
-        summed, at, mask = stream(i)
-        w = _load(weight, (layer[0], lane), here)
-        norm = (summed * scale[:, None] * w[None, :]).astype(normed.dtype)
-
-        def keep() -> None:
-            _store(total, at, summed, mask)
-            _store(normed, at, norm, mask)
-
-        pl.when(first == 0)(keep)
+        of = jnp.broadcast_arrays(row[:, None], lane[None, :])
+        stream = _load(x, tuple(of), seen[:, None] & here[None, :], dtype)
         of = jnp.broadcast_arrays(lane[:, None], column[None, :])
-        matrix = _load(router, (layer[0], *of), here[:, None] & real[None, :], None if not interpret else jnp.float32)
-        if interpret:
-            norm = norm.astype(jnp.float32)
-        return sums + lax.dot(norm, matrix, preferred_element_type=jnp.float32)
+        matrix = _load(router, (layer[0], *of), here[:, None] & real[None, :], dtype)
+        return sums + lax.dot(stream, matrix, preferred_element_type=jnp.float32)
 
-    sums = lax.fori_loop(0, steps, multiply, jnp.zeros((rows, columns), jnp.float32))
+    sums = lax.fori_loop(0, -(-d // size), multiply, jnp.zeros((rows, columns), jnp.float32))
     at = tuple(jnp.broadcast_arrays(row[:, None], column[None, :]))
     _store(logits, at, sums, seen[:, None] & real[None, :])
 

@@ -101,12 +101,12 @@ def _route_kernel(experts: int, lanes: int, top_k: int, norm: bool, rows: int, m
     # Rows that are not there point past the end, where the interpreter drops what is written.
     row = jnp.where(here, token, tokens)
     for k in range(top_k):
-        best = jnp.max(left, axis=1)
-        expert = jnp.min(jnp.where(left == best[:, None], lane[None, :], lanes), axis=1)
+        expert = jnp.argmax(left, axis=1).astype(jnp.int32)  # the first of equals
         hit = lane[None, :] == expert[:, None]
+        # The weight is read apart, so that the next expert does not wait for it.
+        weight = jnp.where(bad, jnp.nan, jnp.sum(jnp.where(hit, probs, 0.0), axis=1))
         left = jnp.where(hit, -1.0, left)
         count = count + jnp.where(hit & seen[:, None], 1, 0)
-        weight = jnp.where(bad, jnp.nan, best)
         kept.append(weight)
         norms = norms + weight
         column = jnp.full((rows,), k, jnp.int32)
@@ -155,7 +155,7 @@ def place(
     return pl.pallas_call(
         functools.partial(_place_kernel, experts, chunk(tokens) * top_k, block, blocks, parts),
         out_shape=(jax.ShapeDtypeStruct((tokens * top_k,), jnp.int32), table, table, table),
-        grid=(parts,),
+        grid=(parts + -(-blocks // SUB),),  # chunks of pairs, then pieces of the tables of blocks
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="place",
@@ -199,13 +199,11 @@ def _place_kernel(
         plgpu.store(order.at[jnp.where(real, to, pairs)], pair, mask=real)
         return base + jnp.sum(jnp.where(hit, 1, 0), axis=0)
 
-    lax.fori_loop(0, -(-mine // size), pairs_of, first + before)
-
     needed = (total + (block - 1)) // block
     ends = jnp.cumsum(needed)
 
-    def blocks_of(i: Any, carry: Any) -> Any:
-        b = (i * parts + me) * SUB + jnp.arange(SUB, dtype=jnp.int32)
+    def piece_of_blocks() -> None:
+        b = (me - parts) * SUB + jnp.arange(SUB, dtype=jnp.int32)
         inside = b[:, None] - (ends - needed)[None, :]
         hit = (inside >= 0) & (b[:, None] < ends[None, :])
         at = jnp.where(b < blocks, b, blocks)
@@ -216,6 +214,9 @@ def _place_kernel(
         plgpu.store(block_start.at[at], start, mask=b < blocks)
         rows = jnp.sum(jnp.where(hit, jnp.minimum(total[None, :] - inside * block, block), 0), axis=1)
         plgpu.store(block_count.at[at], rows, mask=b < blocks)
-        return carry
 
-    lax.fori_loop(0, -(-blocks // (SUB * parts)), blocks_of, 0)
+    def piece_of_pairs() -> None:
+        lax.fori_loop(0, -(-mine // size), pairs_of, first + before)
+
+    pl.when(me < parts)(piece_of_pairs)
+    pl.when(me >= parts)(piece_of_blocks)

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_matmul import LEAST_ROWS, _dot, _side_by_side, decode
+from ferrum_kernels.triton_decode import decode, dot
+from ferrum_kernels.triton_matmul import LEAST_ROWS
 
-MOST = 8  # rows
+MOST = 16  # rows
+SEGMENT = 4  # blocks of weights, about
+COLUMNS = 64  # of the matrix units' right operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +41,20 @@ class Cut:
     stages: int = 4
 
 
-def fit(cut: Cut, blocks: int) -> Cut:
-    """A cut whose segments divide the blocks of a weight, with no more warps than segments have rows for.
+def cut_for(rows: int, blocks: int) -> Cut:
+    """How a product is cut up: segments of about SEGMENT blocks, as many as COLUMNS has room for.
 
-    >>> fit(Cut(splits=8, warps=8), blocks=12)
-    Cut(n=16, splits=4, warps=4, stages=4)
+    Args:
+      rows: of the activations.
+      blocks: of the weight.
+
+    >>> cut_for(1, 32).splits, cut_for(16, 32).splits, cut_for(1, 12).splits
+    (8, 4, 2)
     """
-    splits = cut.splits
-    while blocks % splits:
-        splits //= 2
-    return dataclasses.replace(cut, splits=splits, warps=min(cut.warps, max(1, splits * cut.n // 16)))
+    splits, padded = 1, 1 << (rows - 1).bit_length()
+    while blocks % (2 * splits) == 0 and blocks >= 2 * splits * SEGMENT and 2 * splits * padded <= COLUMNS:
+        splits *= 2
+    return Cut(splits=splits, warps=min(4, splits))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ def product(x: jax.Array, w: TiledLinear, layer: Any, cut: Cut, out_dtype: Any, 
       x: bfloat16 or float16 [M, K'], padded to the weight's blocks.
       w: one matrix, or a stack [L] of them with `layer`.
       layer: index into the stack, or None.
-      cut: how to cut; see `fit`.
+      cut: how to cut; see `cut_for`.
       out_dtype: of the result.
       interpret: run without a GPU.
 
@@ -138,7 +145,7 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
             part: Any = total if s.groups == 1 else None
             for i in range(j, j + span):
                 floats = decode(word, i, s.bits, zero[j // span], s.dtype, s.interpret)
-                d = _dot(_side_by_side([floats]), x[i], s.interpret)
+                d = dot(floats, x[i], s.interpret)
                 part = d if part is None else part + d
             total = part if s.groups == 1 else total + part * scale[j // span].astype(jnp.float32)[:, None]
         return total, after

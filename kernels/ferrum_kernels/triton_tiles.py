@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from ferrum_kernels.tiles import TiledLinear
+from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import Tile
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -40,6 +42,41 @@ def _tile(numbers: list[int]) -> tuple[int, Tile]:
     if str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY:
         stages, step = min(stages, 2), min(step, 2)
     return block, Tile(n, warps, stages, merge=n >= 64 and warps >= 4, step=step)
+
+
+def few_cuts(pairs: int, num_experts: int, gate_up: TiledLinear, down: TiledLinear) -> tuple[Cut, Cut] | None:
+    """Cuts of both kernels for few tokens; None where blocks of an expert's pairs are better or a width does not fit.
+
+    Args:
+      pairs: tokens times the experts of each.
+      num_experts: E.
+      gate_up, down: the stacks.
+    """
+    few = table(jax.devices()[0].device_kind)["few"]
+    features = down.k
+    if pairs > min(few["pairs"], few["load"] * num_experts):
+        return None
+    if 2 * features != gate_up.words.shape[-2] or features % 16:
+        return None
+    row = next(row for row in few["cuts"] if row["outputs"] is None or pairs * features <= row["outputs"])
+    return (
+        _cut(row["up"], features, gate_up.num_blocks),
+        _cut(row["down"], down.words.shape[-2], down.num_blocks),
+    )
+
+
+def _cut(numbers: list[int], columns: int, blocks: int) -> Cut:
+    """A row's cut made to fit: the second number is the most blocks of a segment."""
+    n, most, warps, stages, step = numbers
+    if str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY:
+        stages, step = min(stages, 2), 1
+    while columns % n:
+        n //= 2
+    splits = 1
+    while blocks % (2 * splits) == 0 and blocks > most * splits:
+        splits *= 2
+    step = max(step for step in range(1, step + 1) if blocks // splits % step == 0)
+    return Cut(n, splits, warps, stages, step, merge=warps >= 4)
 
 
 def expert_tiles(pairs: int, num_experts: int) -> tuple[int, Tile, int, Tile]:

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from ferrum_kernels import MixedStack, dispatch, from_blocks, gptq_matmul, grouped_gptq_matmul, tile, to_blocks, triton
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
+from ferrum_kernels.triton_few import Cut
+from ferrum_kernels.triton_few import down as down_of_few
 from ferrum_kernels.triton_matmul import Rows, Tile, product
 from ferrum_kernels.triton_route import chunks, place
 from tests.support.gptq_cases import make_linear, make_stack
@@ -137,6 +139,59 @@ def test_an_expert_layer(case, tokens):
     assert relative(y, expert_layer(np.asarray(x), ids, weights, dense_up, dense_down)) < TWO_ROUNDINGS
 
 
+@pytest.mark.parametrize("case", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 12, 40])  # two kernels, all tokens as columns, places
+def test_a_layer_that_routes(case, tokens):
+    """Whatever kernels a load takes, the layer is the routing's experts on their tokens."""
+    gate_up, down, dense_up, dense_down = layer_of(case)
+    x = jnp.asarray(normal(tokens, tokens, gate_up.k), jnp.bfloat16)
+    logits = np.array(normal(tokens + 1, tokens, EXPERTS))
+    logits[0] = [0, 1, 1, 0, -np.inf, 0, 0, 0]
+    mask = np.arange(tokens) % 4 != 3
+    y, chosen, weights = triton.routed_experts(x, jnp.asarray(logits), jnp.asarray(mask), 2, True, gate_up, down, None)
+    probs, expected = jax.lax.top_k(jax.nn.softmax(jnp.asarray(logits)), 2)
+    np.testing.assert_array_equal(chosen, expected)
+    np.testing.assert_allclose(weights, probs / probs.sum(1, keepdims=True), rtol=1e-5)
+    live = np.where(mask[:, None], expected, EXPERTS)
+    assert relative(y, expert_layer(np.asarray(x), live, np.asarray(weights), dense_up, dense_down)) < TWO_ROUNDINGS
+    assert (np.asarray(y)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_a_token_whose_logits_are_not_finite_does_not_touch_others(tokens):
+    gate_up, down, _, _ = layer_of(0)
+    x = jnp.asarray(normal(0, tokens + 1, gate_up.k), jnp.bfloat16)
+    logits = jnp.asarray(normal(1, tokens + 1, EXPERTS)).at[0].set(jnp.nan)
+    y, chosen, weights = triton.routed_experts(x, logits, None, 2, True, gate_up, down, None)
+    assert chosen[0].tolist() == [0, 1]
+    assert np.isnan(np.asarray(weights[0])).all() and np.isnan(np.asarray(y[0], np.float32)).all()
+    assert np.isfinite(np.asarray(y[1:], np.float32)).all()
+
+
+@settings(max_examples=5)
+@given(
+    st.sampled_from([(16, 1, 4), (16, 4, 4), (32, 2, 2)]),
+    st.sampled_from([4, 8]),
+    st.sampled_from([32, 64, -1]),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_cuts_do_not_change_a_product(cut, bits, group_size, merge, top_k):
+    """However inputs are cut into segments, a token gets the same sum of its experts."""
+    n, splits, warps = cut
+    stack, dense = make_stack(3, 4, k=512, n=64, bits=bits, group_size=group_size)
+    h = jnp.asarray(normal(5, 2 * top_k, 512), jnp.bfloat16)
+    live = np.random.default_rng(top_k).integers(-1, 5, (2, top_k)).astype(np.int32)
+    weights = np.abs(normal(6, 2, top_k))
+    how = Cut(n, splits, warps, merge=merge)
+    y = down_of_few(h, jnp.asarray(live), jnp.asarray(weights), tile(stack), None, how, interpret=True)
+    expected = np.zeros((2, 64))
+    for t, k in np.ndindex(2, top_k):
+        if 0 <= live[t, k] < 4:
+            expected[t] += weights[t, k] * (np.asarray(h[t * top_k + k], np.float64) @ dense[live[t, k]])
+    assert relative(y, expected) < ONE_ROUNDING
+
+
 @pytest.mark.parametrize("load", ["one expert", "none"])
 def test_any_load_of_experts(load):
     gate_up, down, dense_up, dense_down = layer_of(0)
@@ -247,8 +302,7 @@ def test_a_layer_lowers_for_cuda_without_a_copy_of_its_stack(case, tokens):
 
     def run(x, logits, stacks, layer):
         with triton.interpreted(False):
-            _, weights, live, counts = triton.route(logits, None, 2, True)
-            return triton.experts(x, live, weights, counts, stacks[0], stacks[1], layer)
+            return triton.routed_experts(x, logits, None, 2, True, stacks[0], stacks[1], layer)[0]
 
     logits = jax.ShapeDtypeStruct((tokens, EXPERTS), jnp.float32)
     text = lower_for_cuda(run, token, logits, layers, jax.ShapeDtypeStruct((), jnp.int32))
@@ -256,7 +310,9 @@ def test_a_layer_lowers_for_cuda_without_a_copy_of_its_stack(case, tokens):
     for line in text.splitlines():
         if any(f"tensor<{name}xui16>" in line for name in names):
             assert "custom_call" in line or "func.func" in line, line
-    assert len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)) == (4 if tokens > 1 else 3)
+    # Routing, places, two products; few tokens need no places, and where columns fit, the first product routes.
+    kernels = {1: 2 if case == 0 else 3, 16: 3, 512: 4}[tokens]
+    assert len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)) == kernels
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
