@@ -58,20 +58,22 @@ def free_host_memory() -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def check_memory(needed: int, what: str) -> None:
+def check_memory(needed: int, what: str, working: int = 0) -> None:
     """Refuse parameters that do not fit, before anything is allocated.
 
     Args:
       needed: bytes.
       what: the model's name, for the sentence.
+      working: bytes that making the parameters takes beside them.
 
     Raises:
-      CapacityError: with both numbers.
+      CapacityError: with the numbers.
     """
     free = free_memory()
-    if free is not None and needed > free:
+    if free is not None and needed + working > free:
+        more = f" and {working / 2**30:.1f} GiB while they are laid out" if working else ""
         raise CapacityError(
-            f"{what} needs {needed / 2**30:.1f} GiB for its parameters; {free / 2**30:.1f} GiB are free on this "
+            f"{what} needs {needed / 2**30:.1f} GiB for its parameters{more}; {free / 2**30:.1f} GiB are free on this "
             f"device. Free memory, use a 16-bit dtype, or take a smaller model."
         )
 

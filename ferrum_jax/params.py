@@ -14,11 +14,13 @@ P (token, expert) pairs, R rows of the block layout.
 Linear leaves are PackedLinear where quantised and arrays [K, N] where not; expert leaves have an expert axis and are
 MixedStack where the experts of a layer differ. Linears of the same inputs that are packed alike are one leaf, side by
 side: queries, keys and values (else "q", "k", "v"), gate and up of experts (else "gate", "up"). Loaded for the GPU
-kernels, every PackedLinear is a TiledLinear.
+kernels, every PackedLinear is a TiledLinear, and where down's inputs were permuted (act-order) the columns of gate and
+up are in that order instead: such experts compute the same, but edit gate, up and down together.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,6 +33,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
 from ferrum_jax.kernels import PackedLinear, default_implementation
 from ferrum_jax.plan import Plan, make_plan
+from ferrum_kernels.folding import folds, reorder_gate_and_up
 from ferrum_kernels.tiles import tile_all
 
 
@@ -150,7 +153,41 @@ def assemble(
             stacks = jax.tree.map(partial(_fill, offset, lay_out), layer_of(i, offset), stacks)
         runs.append(stacks)
     params["layers"] = tuple(runs)
-    return params
+    return fold_permutations(params)
+
+
+def fold_permutations(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters whose tiled experts need no gather between their products; the stacks of gate and up are donated.
+
+    Args:
+      params: the model's pytree.
+
+    Returns:
+      The same model: where down's inputs were permuted, gate and up have their columns in that order, and down has no
+      `perm`. Beside the parameters it takes the memory of one layer. Experts that are not tiled are left as they are.
+    """
+    runs = []
+    for run in params["layers"]:
+        experts = run.get("moe", {}).get("experts")
+        if experts is not None and folds(experts):
+            down = experts["down"]
+            others = {name: w for name, w in experts.items() if name != "down"}
+            for layer in range(down.lead[0]):
+                others = _fold_layer(others, down.perm, np.int32(layer))
+            experts = {**others, "down": dataclasses.replace(down, perm=None)}
+            run = {**run, "moe": {**run["moe"], "experts": experts}}
+        runs.append(run)
+    return {**params, "layers": tuple(runs)}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fold_layer(others: dict[str, Any], perm: jax.Array, layer: jax.Array) -> dict[str, Any]:
+    one = jax.tree.map(lambda stack: stack[layer], (others, perm))
+    return jax.tree.map(
+        lambda stack, leaf: jax.lax.dynamic_update_index_in_dim(stack, leaf, layer, 0),
+        others,
+        reorder_gate_and_up(*one),
+    )
 
 
 _put = jax.jit(

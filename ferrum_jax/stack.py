@@ -17,7 +17,7 @@ from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import MixedStack, is_weight
-from ferrum_jax.layers import add_norm, linear, mlp
+from ferrum_jax.layers import add_norm, linear, mlp, uses_triton
 from ferrum_jax.moe import add_norm_route, moe_layer
 
 Params = dict[str, Any]
@@ -61,6 +61,8 @@ def run_layers(
       The residual stream and what the last branch adds to it, both [B, T, D]; the state; and for each run of layers
       (hidden [layers, B, T, D], Routing), or (None, None).
     """
+    if mask is not None and uses_triton(cfg):
+        mask = mask.astype(jnp.int32)  # as the kernels take it: here once, not in every layer
     y, seen, start = jnp.zeros_like(x), [], 0
     for run in params["layers"]:
         count = run["input_norm"].shape[0]

@@ -11,9 +11,11 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import model
+from ferrum_jax.config import QuantConfig
 from ferrum_kernels import TiledLinear, is_weight, triton
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.tiles import tile_all
+from tests.support.tiny import forward, tiny_config
 from tests.support.triton_cases import ignore_deprecation, relative
 
 pytestmark = [
@@ -147,3 +149,29 @@ def test_its_attention_is_chosen_where_activations_cache_and_heads_suit_it(demo)
     assert of() is of("bfloat16") is model._attend
     cfg = dataclasses.replace(cfg, dtype="bfloat16", implementation="xla")
     assert of() is model._attend
+
+
+def test_act_order_experts_are_folded_and_stay_one_model(tmp_path):
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "dtype": "bfloat16", "head_dim": 16}
+    cfg = tiny_config(**sizes, quant=QuantConfig(bits=4, group_size=32, desc_act=True, sym=False))
+    plain = dataclasses.replace(cfg, implementation="xla")
+    packed = fj.random_params(plain, seed=1)
+    tiled = fj.random_params(dataclasses.replace(cfg, implementation="triton"), seed=1)
+    experts, was = tiled["layers"][0]["moe"]["experts"], packed["layers"][0]["moe"]["experts"]
+    assert was["down"].perm is not None and experts["down"].perm is None
+    # A column of gate and up is where down's packed rows want it; the order in which x is read stays.
+    order = np.asarray(was["down"].perm)[1, 2]
+    columns = np.concatenate([order, order + 64])
+    found, dense = (fj.dequantize(stack["gate_up"][1][2]) for stack in (experts, was))
+    np.testing.assert_array_equal(found, dense[:, columns])
+    np.testing.assert_array_equal(experts["gate_up"].perm, was["gate_up"].perm)
+    tokens = np.arange(12, dtype=np.int32)[None]
+    expected = forward(packed, tokens, cfg=plain)
+    np.testing.assert_allclose(forward(tiled, tokens, cfg=plain), expected, rtol=0, atol=2e-2)
+    # Layers are taken out, put back, saved and restored as they are.
+    again = fj.set_layer(tiled, 1, fj.layer(tiled, 1))
+    _, restored = fj.load_params(fj.save_params(tmp_path / "saved", cfg, tiled))
+    for other in (again, restored):
+        assert jax.tree.structure(other) == jax.tree.structure(tiled)
+        for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(tiled), strict=True):
+            np.testing.assert_array_equal(one, two)

@@ -85,12 +85,7 @@ class TensorReader:
     """
 
     def __init__(self, files: CheckpointFiles, scattered: bool = False) -> None:
-        """Prepare to read; nothing is opened yet.
-
-        Args:
-            files: the checkpoint.
-            scattered: as for CheckpointFiles.reader.
-        """
+        """Prepare to read; nothing is opened yet. The arguments are those of CheckpointFiles.reader."""
         self._files, self._scattered = files, scattered
         self._handles: dict[Path, BinaryIO] = {}
         self._opening = threading.Lock()
@@ -127,12 +122,15 @@ class TensorReader:
         info, _ = self._find(name)
         self._fill(info, 0, out)
 
-    def blocks(self, name: str, limit: int = 2**20) -> Iterator[tuple[slice, np.ndarray]]:
+    def blocks(
+        self, name: str, limit: int = 2**20, rows: tuple[int, int] | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
         """Read one tensor piece by piece.
 
         Args:
             name: as above.
             limit: bytes per block, as far as one row allows.
+            rows: first row and the one after the last; None means all.
 
         Returns:
             Iterator of (rows, block): rows of the leading axis. A block is valid until the next one is taken by the
@@ -142,16 +140,17 @@ class TensorReader:
             CheckpointError: as above.
         """
         info, dtype = self._find(name)
-        count, row = info.shape[0], info.nbytes // max(info.shape[0], 1)
+        first, end = (0, info.shape[0]) if rows is None else rows
+        row = info.nbytes // max(info.shape[0], 1)
         step = max(1, limit // max(row, 1))
-        size = min(step, count) * row
+        size = min(step, max(end - first, 0)) * row
         if len(getattr(self._buffers, "block", b"")) < size:
             self._buffers.block = np.empty(size, np.uint8)
-        for start in range(0, count, step):
-            rows = min(step, count - start)
-            block = self._buffers.block[: rows * row].view(dtype).reshape(rows, *info.shape[1:])
+        for start in range(first, end, step):
+            count = min(step, end - start)
+            block = self._buffers.block[: count * row].view(dtype).reshape(count, *info.shape[1:])
             self._fill(info, start * row, block)
-            yield slice(start, start + rows), block
+            yield slice(start, start + count), block
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Ask the system to read tensors in the background, many at a time.

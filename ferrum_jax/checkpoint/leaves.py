@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from ferrum_jax.sources import Experts, Joined, Linear, Vector
 from ferrum_kernels.bits import pack, unpack
 from ferrum_kernels.rounding import round_to_nearest
 
+PIECE = 2**23  # bytes that one thread fills at a time
 _AS_STORED = {"I32": np.uint32, "F16": np.float16}  # stored dtype -> what has the same bits
 
 
@@ -48,20 +50,55 @@ class LeafReader:
           CheckpointError: a file changed or cannot be read, or a module contradicts what read_dialect found.
         """
         if isinstance(source, Vector):
-            self._vector(source.name, out)
+            self._vector(source.name, out, (0, out.shape[0]))
         elif isinstance(source, Joined):
             start = 0
             for part in source.parts:
-                self._vector(part.name, out[start : start + part.shape[0]])
+                self._vector(part.name, out[start : start + part.shape[0]], (0, part.shape[0]))
                 start += part.shape[0]
         elif isinstance(source, Linear):
             self._linear(source, out)
         else:
             assert isinstance(source, Experts)
-            stacks = zip(out.parts, out.experts, strict=True) if isinstance(out, MixedStack) else [(out, None)]
+            everyone = range(len(source.experts))
+            stacks = zip(out.parts, out.experts, strict=True) if isinstance(out, MixedStack) else [(out, everyone)]
             for part, ids in stacks:
-                for i, e in enumerate(range(len(source.experts)) if ids is None else ids):
+                for i, e in enumerate(ids):
                     self._linear(source.experts[e], part[i])
+
+    def _experts(self, source: Experts, out: Any, ids: range) -> None:
+        for e in ids:
+            self._linear(source.experts[e], out[e])
+
+    def jobs(self, source: Any, out: Any) -> list[Callable[[], None]]:
+        """The work of `fill` in pieces that several threads can do at once.
+
+        Args:
+          source: Vector, Linear or Experts.
+          out: as for fill.
+
+        Returns:
+          Functions; the leaf is filled when all have been called. They raise what fill raises.
+        """
+        if isinstance(source, Vector):
+            return [partial(self._vector, source.name, out, rows) for rows in _pieces(out.shape[0], out)]
+        if isinstance(source, Experts):
+            if isinstance(out, MixedStack):
+                return [partial(self.fill, source, out)]
+            pieces = _pieces(len(source.experts), out)
+            return [partial(self._experts, source, out, range(start, stop)) for start, stop in pieces]
+        if isinstance(source, Joined):
+            return [partial(self.fill, source, out)]
+        if not isinstance(out, PackedLinear):
+            return [
+                partial(self._dense, f"{module}.weight", out[:, columns], rows)
+                for module, columns in _columns(source)
+                for rows in _pieces(columns.stop - columns.start, out[:, columns])
+            ]
+        if source.round_to is not None:
+            name = f"{source.modules[0]}.weight"
+            return [partial(self._rounded, name, out, rows) for rows in _pieces(sum(source.n), out)]
+        return [partial(self.fill, source, out)]
 
     def forget(self, sources: Any) -> None:
         """Let the system drop the tensors of a layer from its file cache.
@@ -74,9 +111,9 @@ class LeafReader:
     def _linear(self, source: Linear, out: Any) -> None:
         if not isinstance(out, PackedLinear):
             for module, columns in _columns(source):
-                self._dense(f"{module}.weight", out[:, columns])
+                self._dense(f"{module}.weight", out[:, columns], (0, columns.stop - columns.start))
         elif source.round_to is not None:
-            self._rounded(f"{source.modules[0]}.weight", out)
+            self._rounded(f"{source.modules[0]}.weight", out, (0, sum(source.n)))
         elif out.qzeros is None and out.perm is None:
             for module, columns in _columns(source):
                 self._words(f"{module}.qweight", out.qweight[:, columns])
@@ -86,23 +123,28 @@ class LeafReader:
             for target, value in zip(jax.tree.leaves(out), jax.tree.leaves(one), strict=True):
                 target[...] = value
 
-    def _vector(self, name: str, out: np.ndarray) -> None:
-        for rows, block in self.reader.blocks(self._stored(name)):
-            out[rows] = block
+    def _vector(self, name: str, out: np.ndarray, rows: tuple[int, int]) -> None:
+        for at, block in self._blocks(name, rows):
+            out[at] = block
 
-    def _dense(self, name: str, out: np.ndarray) -> None:
-        """A weight that is stored [N, K] and held [K, N]."""
-        for rows, block in self.reader.blocks(self._stored(name)):
-            out[:, rows] = block.astype(out.dtype, copy=False).T
+    def _dense(self, name: str, out: np.ndarray, rows: tuple[int, int]) -> None:
+        """Some rows of a weight that is stored [N, K] and held [K, N]."""
+        for at, block in self._blocks(name, rows):
+            out[:, at] = block.astype(out.dtype, copy=False).T
 
-    def _rounded(self, name: str, out: PackedLinear) -> None:
+    def _rounded(self, name: str, out: PackedLinear, rows: tuple[int, int]) -> None:
         """A weight that is stored [N, K] and held packed; some of its N at a time, as rounding takes float32."""
         try:
-            for rows, block in self.reader.blocks(self._stored(name)):
+            for at, block in self._blocks(name, rows):
                 part = round_to_nearest(block.T, out.bits, out.group_size)
-                out.qweight[:, rows], out.scales[:, rows] = part.qweight, part.scales
+                out.qweight[:, at], out.scales[:, at] = part.qweight, part.scales
         except ShapeError as error:
             raise CheckpointError(f"{name}: {error}") from error
+
+    def _blocks(self, name: str, rows: tuple[int, int]) -> Iterator[tuple[slice, np.ndarray]]:
+        for at, block in self.reader.blocks(self.dialect.names[name], rows=rows):
+            self.progress.advance(block.nbytes)
+            yield at, block
 
     def _words(self, name: str, out: np.ndarray) -> None:
         """Words or scales as they are, to some columns of a wider matrix."""
@@ -155,6 +197,13 @@ class LeafReader:
         stored = self.dialect.names[name]
         self.progress.advance(self.files.tensors[stored].nbytes)
         return stored
+
+
+def _pieces(count: int, out: Any) -> list[tuple[int, int]]:
+    """The rows of a leaf, or its experts, in pieces of about PIECE bytes."""
+    nbytes = sum(array.nbytes for array in jax.tree.leaves(out))
+    step = max(1, count * PIECE // max(nbytes, 1))
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _columns(source: Linear) -> Iterator[tuple[str, slice]]:

@@ -11,16 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ferrum_jax import config_checks as check
+from ferrum_jax.checkpoint.device import Job, Unit, place_all, units_of, working_bytes
 from ferrum_jax.checkpoint.dialect import read_dialect
 from ferrum_jax.checkpoint.files import open_checkpoint
 from ferrum_jax.checkpoint.hub import resolve
 from ferrum_jax.checkpoint.json_files import read_json
 from ferrum_jax.checkpoint.leaves import LeafReader
 from ferrum_jax.checkpoint.stacks import Memory, fill, shares_memory, to_jax
-from ferrum_jax.checkpoint.weight_cache import LEAST, Entry, Facts, find_entry, read_entry, weight_bytes, writing
+from ferrum_jax.checkpoint.weight_cache import (
+    LEAST,
+    Entry,
+    Facts,
+    Writer,
+    find_entry,
+    read_entry,
+    reading,
+    weight_bytes,
+    writing,
+)
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.environment import (
     WEIGHT_CACHE,
@@ -33,7 +43,7 @@ from ferrum_jax.environment import (
 )
 from ferrum_jax.errors import BackendError, CheckpointError, ConfigError
 from ferrum_jax.kernels import default_implementation
-from ferrum_jax.params import assemble, layout_for, num_bytes
+from ferrum_jax.params import layout_for, num_bytes
 from ferrum_jax.plan import Plan, make_plan
 from ferrum_jax.progress import Progress
 from ferrum_jax.tokenizer import Tokenizer
@@ -57,8 +67,10 @@ class LoadReport:
       bytes_read: size of the checkpoint's tensors.
       bytes_held: size of the parameters.
       warnings: sentences about the checkpoint that were given as warnings.
-      weight_cache: the file that the parameters are mapped from, None where they are in memory of the process.
+      weight_cache: the file that holds the parameters for the next start (on CPU also for this one, which maps it),
+        None where there is none.
       from_cache: whether an earlier load has written that file, so that the checkpoint itself was not read.
+      check_seconds: of these, for headers and for what is examined before any memory is taken.
     """
 
     folder: Path
@@ -69,6 +81,7 @@ class LoadReport:
     warnings: tuple[str, ...]
     weight_cache: Path | None = None
     from_cache: bool = False
+    check_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +126,9 @@ def load(
         stores it unquantised; stored in cfg. None holds it as the checkpoint does. Where the checkpoint ties it to the
         embedding, the packed projection comes beside the embedding, which stays as it is.
       offline: True reads the Hugging Face cache only; None follows HF_HUB_OFFLINE.
-      weight_cache: keep the assembled weights on disk and map them from there at the next start, on CPU. None does so
-        for checkpoints of 256 MiB and more unless FERRUM_JAX_WEIGHT_CACHE is "off"; True and False decide.
+      weight_cache: keep the assembled weights on disk, to be mapped from there (CPU) or sent to the device in large
+        transfers at the next start. None does so for checkpoints of 256 MiB and more unless FERRUM_JAX_WEIGHT_CACHE
+        is "off"; True and False decide.
       quiet: show no progress.
 
     Returns:
@@ -125,8 +139,7 @@ def load(
       CheckpointError: a file is missing, damaged, contradictory or unsupported.
       ConfigError: the configuration is not one this package runs.
       CapacityError: the parameters do not fit the device's memory.
-      BackendError: JAX and its Apple plugin do not fit together, the implementation is unknown, or weight_cache is
-        True on another device than the CPU.
+      BackendError: JAX and its Apple plugin do not fit together, or the implementation is unknown.
 
     >>> import ferrum_jax as fj
     >>> model = fj.load("demo")
@@ -150,14 +163,14 @@ def load(
     tokenizer = Tokenizer.from_folder(folder)
     enable_compile_cache()
     entry = _cache_entry(folder, cfg, checkpoint_format, weight_cache)
-    found = None if entry is None else _from_cache(entry, folder.name, str(model), quiet)
+    found = None if entry is None else _from_cache(entry, cfg, folder.name, str(model), quiet)
     if found is None:
-        facts, params, file = _from_checkpoint(folder, cfg, checkpoint_format, entry, str(model), quiet)
+        facts, params, file, checked = _from_checkpoint(folder, cfg, checkpoint_format, entry, str(model), quiet)
     else:
-        (facts, params), file = found, entry and entry.path
+        (facts, params), file, checked = found, entry and entry.path, 0.0
     seconds = time.perf_counter() - began
     sizes = facts.bytes_read, num_bytes(params)
-    report = LoadReport(folder, facts.version, seconds, *sizes, facts.warnings, file, found is not None)
+    report = LoadReport(folder, facts.version, seconds, *sizes, facts.warnings, file, found is not None, checked)
     return Model(cfg, params, tokenizer, report)
 
 
@@ -181,12 +194,7 @@ def _cache_entry(
     folder: Path, cfg: ModelConfig, checkpoint_format: str | None, weight_cache: bool | None
 ) -> Entry | None:
     """Where the assembled weights are or will be kept; None for a load that leaves the cache alone."""
-    if weight_cache and jax.default_backend() != "cpu":
-        raise BackendError(
-            f"weight_cache=True works on the CPU, this device is {jax.default_backend()}; leave the argument out, or "
-            f"set JAX_PLATFORMS=cpu."
-        )
-    wanted = not switched_off(WEIGHT_CACHE) and jax.default_backend() == "cpu" and weight_bytes(folder) >= LEAST
+    wanted = not switched_off(WEIGHT_CACHE) and weight_bytes(folder) >= LEAST
     if not (wanted if weight_cache is None else weight_cache):
         return None
     if why := make_private(weight_cache_folder()):
@@ -207,77 +215,106 @@ def _not_kept(why: str, stacklevel: int) -> None:
     )
 
 
-def _from_cache(entry: Entry, name: str, model: str, quiet: bool) -> tuple[Facts, Any] | None:
+def _from_cache(entry: Entry, cfg: ModelConfig, name: str, model: str, quiet: bool) -> tuple[Facts, Any] | None:
     """(facts, parameters) as an earlier load has left them, None where it has not or they are damaged."""
     try:
         nbytes = entry.path.stat().st_size
     except OSError:
         return None
-    check_memory(nbytes, model)
     try:
-        with Progress(f"checking {name}", nbytes, quiet) as progress:
-            kept = read_entry(entry, progress.advance)
+        if shares_memory():
+            check_memory(nbytes, model)
+            with Progress(f"checking {name}", nbytes, quiet) as progress:
+                kept = read_entry(entry, progress.advance)
+            return None if kept is None else (_said(kept[0], stacklevel=4), to_jax(*kept[1:]))
+        with Progress(f"loading {name}", nbytes, quiet) as progress, reading(entry, progress.advance) as reader:
+            if reader is None:
+                return None
+            units = units_of(reader.tree)
+            _check_device(reader.tree, units, layout_for(cfg), model)
+            return _said(reader.facts, stacklevel=4), place_all(reader.tree, units, reader, layout_for(cfg))
     except CheckpointError as error:
         warnings.warn(f"{error}; the checkpoint is read instead.", CheckpointWarning, stacklevel=3)
         return None
-    if kept is None:
-        return None
-    facts, tree, arrays = kept
+
+
+def _said(facts: Facts, stacklevel: int) -> Facts:
+    """The facts, once their warnings have been given."""
     for sentence in facts.warnings:
-        warnings.warn(sentence, CheckpointWarning, stacklevel=3)
-    return facts, to_jax(tree, arrays)
+        warnings.warn(sentence, CheckpointWarning, stacklevel=stacklevel)
+    return facts
+
+
+def _check_device(tree: Any, units: list[Unit], layout: Callable[[Any], Any], model: str) -> None:
+    """Refuse parameters that do not fit the device as they will lie there, with what laying them out takes."""
+    check_memory(num_bytes(jax.eval_shape(layout, tree)), model, working_bytes(units))
 
 
 def _from_checkpoint(
     folder: Path, cfg: ModelConfig, checkpoint_format: str | None, entry: Entry | None, model: str, quiet: bool
-) -> tuple[Facts, Any, Path | None]:
-    """(facts, parameters, file that holds them or None), all read anew."""
+) -> tuple[Facts, Any, Path | None, float]:
+    """(facts, parameters, file that holds them or None, seconds of checking), all read anew."""
+    began = time.perf_counter()
     files = open_checkpoint(folder)
     with Progress(f"checking {folder.name}", files.nbytes, quiet) as progress:
         dialect = read_dialect(files, cfg, checkpoint_format, progress.advance)
-    facts = Facts(dialect.version, files.nbytes, (*files.warnings, *dialect.warnings))
-    for sentence in facts.warnings:
-        warnings.warn(sentence, CheckpointWarning, stacklevel=3)
+    facts = _said(Facts(dialect.version, files.nbytes, (*files.warnings, *dialect.warnings)), stacklevel=4)
     plan = make_plan(cfg, dialect.format_of)
     check_memory(num_bytes(plan.tree), model)
+    if not shares_memory():
+        _check_device(plan.tree, units_of(plan.tree), layout_for(cfg), model)
+    checked = time.perf_counter() - began
     with Progress(f"loading {folder.name}", files.nbytes, quiet) as progress, files.reader() as reader:
         leaves = LeafReader(reader, files, dialect, progress)
-        if not shares_memory():
-            return facts, _layer_by_layer(plan, leaves, layout_for(cfg)), None
         if entry is not None:
             try:
                 with writing(entry, plan.tree, facts) as target:
-                    fill(plan, leaves.fill, target, leaves.forget)
-                    arrays = target.finish()
+                    params = _filled(plan, leaves, layout_for(cfg), target)
                     if find_entry(entry.path.parent, folder, cfg, checkpoint_format) != entry:
                         raise CheckpointError(f"{folder} changed while it was read. Load it again.")
-                return facts, to_jax(plan.tree, arrays), entry.path
+                return facts, params, entry.path, checked
             except OSError as problem:
                 _not_kept(f"{entry.path.parent} cannot be written ({problem.strerror}), so", stacklevel=4)
-        target = Memory(jax.tree.leaves(plan.tree))
-        fill(plan, leaves.fill, target)
-        return facts, to_jax(plan.tree, target.arrays), None
+        return facts, _filled(plan, leaves, layout_for(cfg), None), None, checked
 
 
-def _layer_by_layer(plan: Plan, leaves: LeafReader, layout: Callable[[Any], Any]) -> dict[str, Any]:
-    """The parameters on a device with memory of its own, the host holds one leaf of one layer at a time."""
+def _filled(plan: Plan, leaves: LeafReader, layout: Callable[[Any], Any], kept: Writer | None) -> Any:
+    """The parameters, read from the checkpoint; `kept` is written on the way."""
+    if not shares_memory():
+        params = place_all(plan.tree, units_of(plan.tree, plan), FromCheckpoint(leaves, kept), layout)
+        if kept is not None:
+            kept.finish()
+        return params
+    if kept is not None:
+        fill(plan, leaves.fill, kept, leaves.forget)
+        return to_jax(plan.tree, kept.finish())
+    target = Memory(jax.tree.leaves(plan.tree))
+    fill(plan, leaves.fill, target)
+    return to_jax(plan.tree, target.arrays)
 
-    def leaf(source: Any, leaf: Any, lead: int) -> Any:
-        out = jax.tree.map(lambda a: np.empty(a.shape[lead:], a.dtype), leaf)
-        leaves.fill(source, out)
-        return out
 
-    def readers(source: Any, tree: Any) -> Any:
-        if isinstance(source, dict):
-            return {key: readers(child, tree[key]) for key, child in source.items()}
-        return partial(leaf, source, tree, lead=1)
+@dataclasses.dataclass(frozen=True)
+class FromCheckpoint:
+    """The leaves of a checkpoint as a `device.Feed`, written to the weight cache on the way to the device.
 
-    return assemble(
-        plan,
-        lambda name: leaf(plan.top_sources[name], plan.top[name], lead=0),
-        lambda run, offset: readers(plan.runs[run].sources[offset], plan.runs[run].tree),
-        layout,
-    )
+    Attributes:
+      leaves: reads them.
+      kept: the file of the cache, None where none is wanted.
+    """
+
+    leaves: LeafReader
+    kept: Writer | None
+
+    def fill(self, unit: Unit, host: Any) -> list[Job]:
+        """Reads of some megabytes each."""
+        return self.leaves.jobs(unit.source, host)
+
+    def check(self, unit: Unit, host: Any) -> list[Job]:
+        """Writes to the file, which keeps a checksum of each."""
+        if self.kept is None:
+            return []
+        pairs = zip(jax.tree.leaves(unit.arrays), jax.tree.leaves(host), strict=True)
+        return [partial(self.kept.close, number, unit.layer, array) for number, array in pairs]
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -1,14 +1,12 @@
 """Assembled weights on disk: written while a checkpoint is loaded, mapped into memory by the next start.
 
-One safetensors file per checkpoint, dtype and lm_head_bits, in a folder of the user:
+One file per checkpoint, dtype and lm_head_bits, in a folder of the user; weight_file says what is in it. A file that
+is not exactly what this version would write for the same checkpoint is never used.
 
-    header      padded with spaces, so that every tensor begins on a page
-    leaves      the stacks as they lie in memory, with "padding.N" between them where a size asks for it
-    checksums   U64, one xxh3 for every layer of every leaf, and last the one of the header
-
-The page cache holds the only copy of the weights: the load writes them to the file and then maps it, as the next start
-does, so processes share them and the system may drop and read them again. A file that is not exactly what this version
-would write for the same checkpoint is never used.
+On the CPU the page cache holds the only copy of the weights: the load writes them to the file and then maps it, as the
+next start does, so processes share them and the system may drop and read them again. Other devices get them in large
+transfers: laying out for the GPU kernels takes the device less time than the transfer, so the file holds the order of
+the checkpoint, depends on no layout and serves both.
 """
 
 from __future__ import annotations
@@ -18,35 +16,45 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-import xxhash
 
-from ferrum_jax.checkpoint.files import DTYPES, INDEX
+from ferrum_jax.checkpoint.device import Job, Unit
+from ferrum_jax.checkpoint.files import INDEX
 from ferrum_jax.checkpoint.headers import MAX_HEADER_BYTES
+from ferrum_jax.checkpoint.weight_file import (
+    Layout,
+    Piece,
+    check,
+    checksum,
+    layout_of,
+    map_bytes,
+    metadata_of,
+    read,
+    views,
+    write,
+)
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import CheckpointError
 from ferrum_jax.params import abstract
 from ferrum_jax.tree_text import abstract_from, describe
 
 VERSION = 1  # a change of what words mean needs a new one; other shapes are noticed without
-PAGE = 4096
+BLOCK = 2**24  # bytes that one thread reads at a time
 LEAST = 2**28  # bytes of weights from which a checkpoint is worth keeping
 SPARE_DISK = 2 * 2**30  # bytes that stay free
 _FORMAT = "ferrum_jax weights"
 _TEMPORARY = ".incomplete"
-_SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,136 +144,120 @@ def read_entry(
     Raises:
       CheckpointError: the file is damaged or was written by something else.
     """
-    try:
-        with entry.path.open("rb") as file:
-            metadata = _metadata(file)
+    found = _open(entry)
+    if found is None:
+        return None
+    file, facts, tree, layout = found
+    with file, _naming(entry):
+        mapped = map_bytes(file.fileno(), layout.size)
+        check(mapped, layout, advance)
+        return facts, tree, views(mapped, layout, tree)
+
+
+@contextmanager
+def reading(entry: Entry, advance: Callable[[int], None] = lambda done: None) -> Iterator[Reader | None]:
+    """Read the weights of an entry piece by piece, for a device with memory of its own.
+
+    Args:
+      entry: from find_entry.
+      advance: called with the bytes of each piece read, from several threads.
+
+    Returns:
+      A context manager that gives a Reader, or None where nothing is kept for this state of the checkpoint.
+
+    Raises:
+      CheckpointError: the file is damaged or was written by something else; also from within the block.
+    """
+    found = _open(entry)
+    if found is None:
+        yield None
+        return
+    with found[0]:
+        yield Reader(entry, *found, advance)
+
+
+def _open(entry: Entry) -> tuple[BinaryIO, Facts, Any, Layout] | None:
+    """(open file, facts, tree, layout) once header and size are right; None where there is no such entry."""
+    with _naming(entry):
+        if not entry.path.exists():
+            return None
+        file = entry.path.open("rb")
+        try:
+            metadata = metadata_of(file)
             if metadata["key"] != entry.key:
+                file.close()
                 return None
             tree = abstract_from(json.loads(metadata["params"]))
-            layout = _layout(tree, metadata)
+            layout = layout_of(tree, metadata)
             file.seek(0)
             if file.read(len(layout.header)) != layout.header or os.fstat(file.fileno()).st_size != layout.size:
                 raise ValueError("its size or its header is not what belongs to its description")
-            mapped = _map(file.fileno(), layout.size)
-        _check(mapped, layout, advance)
-        facts = json.loads(metadata["facts"])
-        return Facts(**{**facts, "warnings": tuple(facts["warnings"])}), tree, _views(mapped, layout, tree)
-    except FileNotFoundError:
-        return None
+            facts = json.loads(metadata["facts"])
+            return file, Facts(**{**facts, "warnings": tuple(facts["warnings"])}), tree, layout
+        except BaseException:
+            file.close()
+            raise
+
+
+@contextmanager
+def _naming(entry: Entry) -> Iterator[None]:
+    """Say which file it was that could not be read, or is no such file."""
+    try:
+        yield
     except OSError as problem:
         raise CheckpointError(f"{entry.path} cannot be read ({problem.strerror})") from problem
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CheckpointError(f"{entry.path} is damaged or not a file of weights ({problem})") from problem
 
 
-def _metadata(file: Any) -> dict[str, str]:
-    """The description in the header, once its checksum is right."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= min(size - 16, MAX_HEADER_BYTES):
-        raise ValueError("it is cut short")
-    text = file.read(length)
-    file.seek(size - 8)
-    if _checksum(length.to_bytes(8, "little") + text) != int.from_bytes(file.read(8), "little"):
-        raise ValueError("its header does not match its checksum")
-    return json.loads(text)["__metadata__"]
+class Reader:
+    """The weights of an entry as a `device.Feed`; every byte is checked while it is sent. Made by `reading`.
 
+    Attributes:
+      facts: what the load that wrote them found out.
+      tree: abstract.
+    """
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where everything lies: offsets are bytes from the start of the file; pieces are (leaf, layer): (start, end)."""
+    def __init__(
+        self, entry: Entry, file: BinaryIO, facts: Facts, tree: Any, layout: Layout, advance: Callable[[int], None]
+    ) -> None:
+        self.facts, self.tree = facts, tree
+        self._entry, self._file, self._layout, self._advance = entry, file.fileno(), layout, advance
+        stored = np.empty(len(layout.pieces), np.uint64)
+        with _naming(entry):
+            read(self._file, stored.view(np.uint8).data, layout.checksums)
+        self._checksums = dict(zip(layout.pieces, stored.tolist(), strict=True))
 
-    header: bytes
-    offsets: tuple[int, ...]
-    pieces: dict[tuple[int, int | None], tuple[int, int]]
-    checksums: int
-    size: int
+    def fill(self, unit: Unit, host: Any) -> list[Job]:
+        """Reads of some megabytes each."""
+        jobs: list[Job] = []
+        for number, array in zip(jax.tree.leaves(unit.arrays), jax.tree.leaves(host), strict=True):
+            start, _ = self._layout.pieces[number, unit.layer]
+            data = array.reshape(-1).view(np.uint8).data
+            for at in range(0, len(data), BLOCK):
+                jobs.append(partial(self._read, data[at : at + BLOCK], start + at))
+        return jobs
 
+    def check(self, unit: Unit, host: Any) -> list[Job]:
+        """One checksum for each array."""
+        pairs = zip(jax.tree.leaves(unit.arrays), jax.tree.leaves(host), strict=True)
+        return [partial(self._check, (number, unit.layer), array) for number, array in pairs]
 
-def _layout(tree: Any, metadata: dict[str, str]) -> _Layout:
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    pieces: dict[tuple[int, int | None], tuple[int, int]] = {}
-    end, offsets = 0, []
+    def _read(self, out: memoryview, offset: int) -> None:
+        with _naming(self._entry):
+            read(self._file, out, offset)
+        self._advance(len(out))
 
-    def place(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> int:
-        nonlocal end
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
-        end += nbytes
-        return end - nbytes
-
-    for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        dtype = np.dtype(leaf.dtype)
-        nbytes = int(np.prod(leaf.shape)) * dtype.itemsize
-        start = place(_name(path), _SAFETENSORS[dtype], leaf.shape, nbytes)
-        offsets.append(start)
-        if _name(path).startswith("layers."):
-            one = nbytes // leaf.shape[0]
-            pieces |= {(number, i): (start + i * one, start + (i + 1) * one) for i in range(leaf.shape[0])}
-        else:
-            pieces[number, None] = start, end
-        if gap := -end % PAGE:
-            place(f"padding.{number}", "U8", (gap,), gap)
-    checksums = place("checksums", "U64", (len(pieces) + 1,), 8 * (len(pieces) + 1))
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    header = len(text).to_bytes(8, "little") + text
-    base = len(header)
-    return _Layout(
-        header,
-        tuple(base + offset for offset in offsets),
-        {piece: (base + start, base + stop) for piece, (start, stop) in pieces.items()},
-        base + checksums,
-        base + end,
-    )
-
-
-def _name(path: Any) -> str:
-    """A leaf's name in the file, such as "layers.0.attn.qkv.qweight"."""
-    return ".".join(re.findall(r"\w+", jax.tree_util.keystr(path)))
-
-
-def _checksum(data: Any) -> int:
-    hasher = xxhash.xxh3_64()
-    hasher.update(data)  # in contrast to the function of one call, this lets other threads run in all versions
-    return hasher.intdigest()
-
-
-def _map(descriptor: int, size: int) -> np.ndarray:
-    """The bytes of a file as a read-only array."""
-    mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without large pages for files
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(mapped, np.uint8)
-
-
-def _views(mapped: np.ndarray, layout: _Layout, tree: Any) -> list[np.ndarray]:
-    return [
-        mapped[start : start + int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize]
-        .view(np.dtype(leaf.dtype))
-        .reshape(leaf.shape)
-        for start, leaf in zip(layout.offsets, jax.tree.leaves(tree), strict=True)
-    ]
-
-
-def _check(mapped: np.ndarray, layout: _Layout, advance: Callable[[int], None]) -> None:
-    def checksum(piece: tuple[int, int]) -> int:
-        start, end = piece
-        found = _checksum(mapped[start:end])
-        advance(end - start)
-        return found
-
-    stored = mapped[layout.checksums : layout.size - 8].view(np.uint64).tolist()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(checksum, layout.pieces.values()))
-    if found != stored:
-        raise ValueError("its weights do not match their checksums")
+    def _check(self, piece: Piece, array: np.ndarray) -> None:
+        with _naming(self._entry):
+            if checksum(array.reshape(-1).view(np.uint8).data) != self._checksums[piece]:
+                raise ValueError("its weights do not match their checksums")
 
 
 class Writer:
     """Stacks in a file of the cache, a Target of `stacks.fill`; made by `writing`."""
 
-    def __init__(self, file: int, layout: _Layout, tree: Any) -> None:
+    def __init__(self, file: int, layout: Layout, tree: Any) -> None:
         self._file, self._layout, self._tree = file, layout, tree
         self._leaves = jax.tree.leaves(tree)
         self._checksums: dict[tuple[int, int | None], int] = {}
@@ -278,16 +270,16 @@ class Writer:
     def close(self, leaf: int, layer: int | None, filled: np.ndarray) -> None:
         """Write to the file; system calls make large pages in the page cache where a writable map would not."""
         data = filled.reshape(-1).view(np.uint8).data
-        _write(self._file, data, self._layout.pieces[leaf, layer][0])
-        self._checksums[leaf, layer] = _checksum(data)
+        write(self._file, data, self._layout.pieces[leaf, layer][0])
+        self._checksums[leaf, layer] = checksum(data)
 
     def finish(self) -> list[np.ndarray]:
         """The leaves of the tree as read-only views of the complete file."""
         layout = self._layout
-        checksums = [*(self._checksums[piece] for piece in layout.pieces), _checksum(layout.header)]
-        _write(self._file, np.array(checksums, np.uint64).view(np.uint8).data, layout.checksums)
-        _write(self._file, memoryview(layout.header), 0)
-        return _views(_map(self._file, layout.size), layout, self._tree)
+        checksums = [*(self._checksums[piece] for piece in layout.pieces), checksum(layout.header)]
+        write(self._file, np.array(checksums, np.uint64).view(np.uint8).data, layout.checksums)
+        write(self._file, memoryview(layout.header), 0)
+        return views(map_bytes(self._file, layout.size), layout, self._tree)
 
 
 @contextmanager
@@ -311,7 +303,7 @@ def writing(entry: Entry, tree: Any, facts: Facts) -> Iterator[Writer]:
         "params": json.dumps(describe(tree)),
         "facts": json.dumps(dataclasses.asdict(facts)),
     }
-    layout = _layout(tree, metadata)
+    layout = layout_of(tree, metadata)
     folder = entry.path.parent
     entry.path.unlink(missing_ok=True)  # of another state of the checkpoint, or damaged
     _remove_orphans(folder)
@@ -341,9 +333,3 @@ def _remove_orphans(folder: Path) -> None:
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-
-
-def _write(file: int, data: memoryview, offset: int) -> None:
-    while data:  # one call writes at most 2 GiB
-        done = os.pwrite(file, data, offset)
-        data, offset = data[done:], offset + done

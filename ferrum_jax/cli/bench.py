@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from ferrum_jax import __version__
+from ferrum_jax.cli.bench_about import about
+from ferrum_jax.cli.bench_compare import compare, read_report, text_of_comparison
+from ferrum_jax.cli.bench_roofline import ceilings
+from ferrum_jax.cli.bench_sweep import Sweep, own_compile_cache, sweep
+from ferrum_jax.cli.bench_sweep import lines as rows_as_lines
 from ferrum_jax.cli.options import NO_DEFAULT, Loading, UsageError, load_model, start_jax
 from ferrum_jax.cli.output import Status, emit, size, table
-from ferrum_jax.environment import installed
 from ferrum_jax.errors import BackendError, CapacityError
 
 if TYPE_CHECKING:
     from ferrum_jax.buckets import CompileRecord
     from ferrum_jax.checkpoint.load import Model
     from ferrum_jax.generation import Stats
+
+DEFAULT_CONTEXT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,21 @@ class Bench(Loading):
     greedy and an end-of-text token does not end a run, so every run does the same work. Rates count all rows. Nothing
     compiled is taken from the compile cache.
 
+    Lists make a sweep, a line each: --batch 1,16,64 --context 256,8192 --prefill 128,4096. A decode line writes
+    --new-tokens around its context; a prefill line reads one prompt. Each says how near it comes to what the device
+    must at least read or compute (experts touched as expected of equal chances), and lines that do not fit say so.
+
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).
       synthetic: in place of MODEL, a TOML file of sizes (see configs/) to fill with random packed weights.
       layers: with --synthetic, how many layers; without it all of them.
       prompt_tokens: tokens of each prompt.
       new_tokens: tokens written after each prompt.
-      batch: prompts at once.
+      batch: prompts at once; several, with commas, make a sweep.
+      context: a sweep over contexts of the decode, 256 where only batches are given.
+      prefill: a sweep over lengths of prompts.
       repeats: measured runs.
+      compare: an earlier report (--json); prints what has changed, as new over old.
       json: print a JSON object.
     """
 
@@ -50,14 +59,30 @@ class Bench(Loading):
     layers: Annotated[int | None, arg(metavar="N", help_behavior_hint=NO_DEFAULT)] = None
     prompt_tokens: Annotated[int, arg(metavar="N")] = 128
     new_tokens: Annotated[int, arg(metavar="N")] = 64
-    batch: Annotated[int, arg(metavar="N")] = 1
+    batch: Annotated[str, arg(metavar="N[,N...]")] = "1"
+    context: Annotated[str | None, arg(metavar="N[,N...]", help_behavior_hint=NO_DEFAULT)] = None
+    prefill: Annotated[str | None, arg(metavar="N[,N...]", help_behavior_hint=NO_DEFAULT)] = None
     repeats: Annotated[int, arg(metavar="N")] = 3
+    compare: Annotated[str | None, arg(metavar="FILE", help_behavior_hint=NO_DEFAULT)] = None
     json: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
 
     def execute(self) -> int:
         """Measure; returns the exit code."""
         self.check()
+        old = None if self.compare is None else read_report(self.compare)
         model = load_model(self, self.model) if self.model is not None else synthetic_model(self)
+        report = self.sweep(model) if self.is_sweep else self.single(model)
+        compared = None if old is None else compare(report, old)
+        if self.json:
+            emit(report if compared is None else {**report, "compare": compared})
+            return 0
+        print("\n".join(sweep_lines(report)) if self.is_sweep else text_of(report))
+        if compared is not None:
+            print(f"\n{text_of_comparison(compared, str(self.compare))}")
+        return 0
+
+    def single(self, model: Model) -> dict[str, Any]:
+        """One shape: a prompt read and continued."""
         longest = self.prompt_tokens + self.new_tokens
         if longest > model.cfg.max_position:
             raise CapacityError(
@@ -65,24 +90,84 @@ class Bench(Loading):
                 f"model's is {model.cfg.max_position}. Ask for fewer."
             )
         with Status("compiling", self.quiet) as status, fresh_compiles():
-            report = measure(self, model, status)
-        if self.json:
-            emit(report)
-        else:
-            print(text_of(report))
-        return 0
+            return measure(self, model, status)
+
+    def sweep(self, model: Model) -> dict[str, Any]:
+        """Many shapes, a row each."""
+        wanted = Sweep(self.batches, self.contexts, self.prompts, self.new_tokens, self.repeats)
+        wanted.check(model)
+        with Status("measuring", self.quiet) as status, own_compile_cache():
+            ceiling = ceilings()
+            rows = sweep(model, wanted, ceiling, status.update)
+        return {
+            **about(self, model),
+            **rows,
+            "experts_touched": "expected of equal chances",
+            "ceilings": asdict(ceiling),
+            "new_tokens": self.new_tokens,
+        }
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether there are rows to measure."""
+        return len(self.batches) > 1 or self.context is not None or self.prefill is not None
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Of --batch."""
+        return numbers("--batch", self.batch)
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Of --context; only prefill is measured where neither it nor several batches are given."""
+        if self.context is not None:
+            return numbers("--context", self.context)
+        return (DEFAULT_CONTEXT,) if len(self.batches) > 1 else ()
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """Of --prefill."""
+        return () if self.prefill is None else numbers("--prefill", self.prefill)
 
     def check(self) -> None:
         """Refuse options that do not go together, before anything is loaded."""
         if (self.model is None) == (self.synthetic is None):
             raise UsageError("give either a MODEL or --synthetic with a TOML file of sizes.")
+        for option, text in (("--batch", self.batch), ("--context", self.context), ("--prefill", self.prefill)):
+            if text is not None:
+                numbers(option, text)
         if self.layers is not None and self.synthetic is None:
             raise UsageError("--layers goes with --synthetic; a checkpoint has the layers it has.")
         if self.new_tokens < 2:
             raise UsageError(f"--new-tokens is {self.new_tokens}; give at least 2, as decode starts at the second.")
-        for name in ("prompt_tokens", "batch", "repeats"):
+        for name in ("prompt_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1.")
+        for context in self.contexts:
+            if context <= self.new_tokens // 2:
+                raise UsageError(
+                    f"--context is {context}; a decode of {self.new_tokens} new tokens around it begins "
+                    f"{self.new_tokens // 2} before. Give more, or fewer --new-tokens."
+                )
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers of a list with commas.
+
+    Args:
+      option: for the error.
+      text: as given.
+
+    Raises:
+      UsageError: it is no such list, or one is not positive.
+
+    >>> numbers("--batch", "1,16")
+    (1, 16)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} is {text}; give positive numbers with commas between them, such as 1,16,64.")
+    return tuple(map(int, parts))
 
 
 def synthetic_model(options: Bench) -> Model:
@@ -159,41 +244,29 @@ def measure(options: Bench, model: Model, status: Status) -> dict[str, Any]:
 
     steps_for.cache_clear()  # what an earlier call in this process compiled is not this run's
     rng = np.random.default_rng(0)
-    prompts = rng.integers(0, model.cfg.vocab_size, (options.batch, options.prompt_tokens)).tolist()
+    prompts = rng.integers(0, model.cfg.vocab_size, (options.batches[0], options.prompt_tokens)).tolist()
     _one_run(model, prompts, options.new_tokens)
     runs = []
     for i in range(options.repeats):
         status.update(f"run {i + 1} of {options.repeats}")
         runs.append(_one_run(model, prompts, options.new_tokens))
     records = steps_for(model.cfg).records()
-    peak, where = peak_memory()
     first = [run.first_token_seconds for run in runs]
     return {
-        "model": options.model or options.synthetic,
-        "synthetic": options.synthetic is not None,
-        "prefill": _rates([options.batch * run.prefill_tokens_per_second for run in runs]),
-        "decode": _rates([options.batch * run.decode_tokens_per_second for run in runs]),
+        **about(options, model),
+        "prefill": _rates([options.batches[0] * run.prefill_tokens_per_second for run in runs]),
+        "decode": _rates([options.batches[0] * run.decode_tokens_per_second for run in runs]),
         "first_token_seconds": statistics.median(first),
         "first_token_seconds_min": min(first),
         "first_token_seconds_max": max(first),
-        "peak_memory_bytes": peak,
-        "peak_memory_of": where,
-        "parameter_bytes": model.report.bytes_held,
-        "load_seconds": None if options.synthetic else model.report.seconds,
         "compile_seconds": sum(record.seconds for record in records),
         "compiles": [_compile(record) for record in records],
         "shapes": {
             "layers": model.cfg.num_layers,
             "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.new_tokens,
-            "batch": options.batch,
+            "batch": options.batches[0],
         },
-        "repeats": options.repeats,
-        "dtype": model.cfg.dtype,
-        "lm_head_bits": model.cfg.lm_head_bits,
-        "implementation": _implementation(model),
-        "device": _device(),
-        "versions": _versions(),
     }
 
 
@@ -222,48 +295,44 @@ def _compile(record: CompileRecord) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> tuple[int, str]:
-    """The most bytes held so far, and by what: the device where it counts them, else this process."""
-    import jax
-
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"], "device"
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if sys.platform == "darwin" else 1024), "process"
-
-
-def _implementation(model: Model) -> str:
-    from ferrum_jax.kernels import default_implementation
-
-    return model.cfg.implementation or default_implementation()
-
-
-def _device() -> dict[str, Any]:
-    import jax
-
-    device = jax.devices()[0]
-    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
-
-
-def _versions() -> dict[str, str | None]:
-    packages = {name: installed(name) for name in ("jax", "jaxlib")}
-    return {"ferrum_jax": __version__, **packages, "python": platform.python_version()}
-
-
 def text_of(report: dict[str, Any]) -> str:
     """The report for people."""
     return "\n".join(_lines(report))
 
 
-def _lines(report: dict[str, Any]) -> Iterator[str]:
-    shapes, device, versions = report["shapes"], report["device"], report["versions"]
+def sweep_lines(report: dict[str, Any]) -> Iterator[str]:
+    """The report of a sweep for people."""
+    yield from _head(report)
+    yield f"{report['new_tokens']} new tokens around each context · {report['repeats']} runs"
+    yield ""
+    yield from rows_as_lines(report)
+    yield from _memory(report)
+    ceiling = report["ceilings"]
+    if ceiling["bytes_per_second"] is not None:
+        flops = ceiling["flops_per_second"]
+        compute = "" if flops is None else f", {flops / 1e12:.0f} TFLOP/s"
+        yield f"roofline    {ceiling['bytes_per_second'] / 1e12:.2f} TB/s{compute} ({ceiling['source']})"
+        yield f"            experts touched by a step: {report['experts_touched']}"
+
+
+def _head(report: dict[str, Any]) -> Iterator[str]:
+    device, versions = report["device"], report["versions"]
     head = "" if report["lm_head_bits"] is None else f" · lm_head in {report['lm_head_bits']} bits"
-    yield f"{report['model']}   {shapes['layers']} layers · {report['dtype']} · {report['implementation']}{head}"
+    yield f"{report['model']}   {report['layers']} layers · {report['dtype']} · {report['implementation']}{head}"
     yield (
         f"{device['platform']} ({device['kind']}) · ferrum_jax {versions['ferrum_jax']} · jax {versions['jax']} · "
         f"jaxlib {versions['jaxlib']} · Python {versions['python']}"
     )
+
+
+def _memory(report: dict[str, Any]) -> Iterator[str]:
+    yield f"peak memory {size(report['peak_memory_bytes'])} ({report['peak_memory_of']})"
+    yield f"parameters  {size(report['parameter_bytes'])}"
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    yield from _head(report)
+    shapes = report["shapes"]
     yield f"batch {shapes['batch']} · {shapes['prompt_tokens']} prompt tokens · {shapes['new_tokens']} new tokens"
     yield ""
     rows = [
@@ -274,8 +343,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     rows.append(("first token s", *(f"{report[key]:.3f}" for key in keys)))
     yield table((f"{report['repeats']} runs", "median", "min", "max"), rows)
     yield ""
-    yield f"peak memory {size(report['peak_memory_bytes'])} ({report['peak_memory_of']})"
-    yield f"parameters  {size(report['parameter_bytes'])}"
+    yield from _memory(report)
     yield f"compiling   {report['compile_seconds']:.1f} s"
     yield ""
     rows = [

@@ -2,7 +2,7 @@
 
 A call runs several layers one after the other as one CUDA graph, each with its own weights and routing and the next on
 the last one's output; times are of many calls queued behind each other, divided by the layers. The floor is the time to
-read the live experts once, or to do the products, whichever is longer.
+read the live experts once, or to do the products, whichever is longer, so that skewed routing has a floor of its own.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import gpu_state
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels import triton
-from ferrum_kernels.tiles import TiledLinear
+from ferrum_kernels import dequantize, triton
+from ferrum_kernels.tiles import TiledLinear, untile
 
 # vLLM 0.24's moe_wna16_marlin_gemm with moe_align_block_size, silu_and_mul and moe_sum, in a CUDA graph, without the
 # router; microseconds by tokens. The H200's were taken on 2026-11-22, the H100's on 2026-11-27.
@@ -36,6 +37,10 @@ MARLIN = {
 }
 READ = {"H200": 4.65e12, "H100": 3.1e12}  # bytes a second of a plain read, measured
 PRODUCTS = 790e12  # bfloat16 operations a second of a large product, measured
+# Of a layer in bfloat16, whose gated rows and result are rounded, and with many pairs each pair's output as well. One
+# rounding is 1.7e-3, they are independent, and few numbers scatter.
+LARGEST_ERROR, OF_MANY_PAIRS = 2.9e-3, 3.3e-3
+CHECKED = 32  # tokens whose result is compared
 
 
 def device() -> str:
@@ -62,8 +67,14 @@ def route_logits(rng: np.random.Generator, tokens: int, experts: int, routing: s
     return logits.astype(np.float32)
 
 
-def rows(cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, routing: str) -> Iterator[dict[str, Any]]:
-    """One measurement per number of tokens."""
+def rows(
+    cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, routing: str, check: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One measurement per number of tokens; with `check` each is preceded by a comparison with float32.
+
+    Raises:
+      ValueError: a result is wrong, or not the same twice.
+    """
     d, f, e, top_k = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts, cfg.top_k
     stacks = random_stack(1, (layers, e), d, 2 * f, 128), random_stack(2, (layers, e), f, d, 128)
     for count in tokens:
@@ -79,14 +90,9 @@ def rows(cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, rout
         began = time.perf_counter()
         step = jax.jit(run).lower(x, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
-        jax.block_until_ready(step(x, logits, stacks))
-        took = []
-        for _ in range(repeats):
-            began, calls = time.perf_counter(), 5
-            for _ in range(calls):
-                y = step(x, logits, stacks)
-            jax.block_until_ready(y)
-            took.append((time.perf_counter() - began) / calls / layers * 1e6)
+        error = checked(stacks, count, top_k, routing, cfg.dtype) if check else None
+        took = [seconds / layers * 1e6 for seconds in times(step, (x, logits, stacks), repeats)]
+        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(x, logits, stacks)))  # noqa: B023
         chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
         live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
         nbytes = sum(stack.nbytes for stack in stacks) / layers / e * live
@@ -101,13 +107,100 @@ def rows(cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, rout
             "live_experts": live,
             "floor_microseconds": floor,
             "of_floor": floor / median,
+            "times_floor": median / floor,
             "marlin_microseconds": marlin,
             "times_faster": marlin and marlin / median,
             "terabytes_per_second": nbytes / median / 1e6,
             "teraflops": flops / median / 1e6,
             "compile_seconds": compile_seconds,
+            "relative_error": error,
+            "clocks": clocks,
             "cut": [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in _cut(count, cfg)],
         }
+
+
+def times(step: Callable[..., Any], arguments: Sequence[Any], repeats: int, seconds: float = 0.01) -> list[float]:
+    """Seconds per call, two to 50 calls queued behind each other, about `seconds` of work."""
+    jax.block_until_ready(step(*arguments))
+    began = time.perf_counter()
+    jax.block_until_ready(step(*arguments))
+    calls = int(min(50, max(2, seconds / (time.perf_counter() - began))))
+    took = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(calls):
+            y = step(*arguments)
+        jax.block_until_ready(y)
+        took.append((time.perf_counter() - began) / calls)
+    return took
+
+
+def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, routing: str, dtype: Any) -> float:
+    """The relative error of one layer on fresh random inputs, some tokens of it against float32.
+
+    What must not be read is NaN: the scales of other layers and of experts that no token chose. What must be written
+    takes memory that held NaN.
+
+    Raises:
+      ValueError: the error is larger than two roundings make it, a number is not finite, a second run differs, or other
+        experts than the best were chosen.
+    """
+    up, down = stacks
+    layers, experts = up.lead
+    rng = np.random.default_rng()
+    at = int(rng.integers(layers))
+    logits = jnp.asarray(route_logits(rng, count, experts, routing))
+    x = jnp.asarray(rng.standard_normal((count, up.k)), dtype)
+
+    @jax.jit
+    def run(x: jax.Array, logits: jax.Array, up: TiledLinear, down: TiledLinear) -> tuple[jax.Array, jax.Array]:
+        ids, weights, live, counts = triton.route(logits, None, top_k, True)
+        dead = jnp.ones((layers, experts, 1, 1), bool).at[at, ids.reshape(-1)].set(False)
+        up, down = (dataclasses.replace(w, scales=jnp.where(dead, jnp.nan, w.scales)) for w in (up, down))
+        return triton.experts(x, live, weights, counts, up, down, at), ids
+
+    for shape in ((count * top_k, down.k), (count * top_k, up.k), (count, up.k)):
+        jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32)).delete()
+    y, ids = run(x, logits, up, down)
+    again, _ = run(x, logits, up, down)
+    best, _ = jax.lax.top_k(logits, top_k)
+    if not bool(jnp.allclose(jnp.take_along_axis(logits, ids, axis=1), best, atol=1e-4)):
+        raise ValueError(f"{count} tokens, {routing} routing: the chosen experts are not the best.")
+    some = rng.permutation(count)[:CHECKED]
+    expected = _float32(up, down, at, x[some], logits[some], np.asarray(ids)[some])
+    error = float(jnp.linalg.norm(y[some].astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
+    if not bool(jnp.isfinite(y).all()):
+        raise ValueError(f"{count} tokens, {routing} routing: the result holds a number that is not finite.")
+    if not error <= (most := largest_error(count * top_k)):
+        raise ValueError(f"{count} tokens, {routing} routing: the relative error is {error:.1e}, over {most}.")
+    if not bool((y == again).all()):
+        raise ValueError(f"{count} tokens, {routing} routing: a second run on the same inputs differs.")
+    return error
+
+
+def largest_error(pairs: int) -> float:
+    """What roundings to bfloat16 explain of a layer's relative error."""
+    return OF_MANY_PAIRS if pairs >= triton.MANY_PAIRS else LARGEST_ERROR
+
+
+def _float32(
+    up: TiledLinear, down: TiledLinear, layer: int, x: jax.Array, logits: jax.Array, ids: np.ndarray
+) -> jax.Array:
+    """The same layer, expert by expert from dequantised weights."""
+    weights = jax.nn.softmax(jnp.take_along_axis(logits, jnp.asarray(ids), axis=1), axis=1)
+    x = x.astype(jnp.float32)
+
+    @jax.jit
+    def add(y: jax.Array, expert: jax.Array, up: TiledLinear, down: TiledLinear) -> jax.Array:
+        a, b = (dequantize(untile(w[layer][expert]), jnp.float32) for w in (up, down))
+        gate, value = jnp.split(jnp.matmul(x, a, precision="highest"), 2, axis=-1)
+        one = jnp.matmul(jax.nn.silu(gate) * value, b, precision="highest")
+        return y + jnp.where(ids == expert, weights, 0.0).sum(1)[:, None] * one
+
+    y = jnp.zeros(x.shape, jnp.float32)
+    for expert in np.unique(ids):
+        y = add(y, jnp.int32(expert), up, down)
+    return y
 
 
 def _cut(tokens: int, cfg: Any) -> tuple[Any, ...]:
@@ -116,7 +209,10 @@ def _cut(tokens: int, cfg: Any) -> tuple[Any, ...]:
     return expert_tiles(tokens * cfg.top_k, cfg.num_experts)
 
 
-HEADER = "tokens       us (least)    floor  of floor   Marlin  faster  experts   TB/s  TFLOP/s  compile"
+HEADER = (
+    "tokens       us (least)    floor  of floor  floors   Marlin  faster  experts   TB/s  TFLOP/s   compile"
+    "   MHz    error"
+)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -124,8 +220,11 @@ def line(row: dict[str, Any]) -> str:
     marlin = (
         f"{row['marlin_microseconds']:8.1f} {row['times_faster']:6.2f}x" if row["marlin_microseconds"] else " " * 16
     )
+    error = "" if row["relative_error"] is None else f"{row['relative_error']:8.1e}"
+    clock = row["clocks"]["sm_mhz"]
     return (
         f"{row['tokens']:6} {row['microseconds']:8.1f} ({row['least_microseconds']:.1f})".ljust(27)
-        + f"{row['floor_microseconds']:7.1f} {row['of_floor']:8.0%} {marlin} {row['live_experts']:8.1f} "
-        f"{row['terabytes_per_second']:6.2f} {row['teraflops']:8.0f} {row['compile_seconds']:7.1f} s"
+        + f"{row['floor_microseconds']:7.1f} {row['of_floor']:8.0%} {row['times_floor']:7.1f} {marlin} "
+        f"{row['live_experts']:8.1f} {row['terabytes_per_second']:6.2f} {row['teraflops']:8.0f} "
+        f"{row['compile_seconds']:7.1f} s {'' if clock is None else f'{clock:.0f}':>5} {error:>8}"
     )

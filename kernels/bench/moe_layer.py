@@ -2,7 +2,8 @@
 
 Random routing, random packed weights; several layers in rotation, so that no weight is read from a cache. Prints one
 line per number of tokens: median and spread, live experts, bytes of weights read and the rate that implies. On an
-NVIDIA GPU the times are the device's, beside those recorded of Marlin and the floor (gpu_table.py).
+NVIDIA GPU the times are the device's, beside those recorded of Marlin and the floor (gpu_table.py); --check compares
+each with float32 first, --routing skews the load, --compile-times is about the whole model's decode step instead.
 """
 
 from __future__ import annotations
@@ -59,13 +60,27 @@ def on_a_gpu(cfg: Any, options: argparse.Namespace, device: dict[str, Any]) -> N
     counts = [int(count) for count in options.tokens.split(",")]
     found = []
     if not options.json:
-        print(device, options.routing, gpu_table.HEADER, sep="\n", flush=True)
-    for row in gpu_table.rows(cfg, options.config.stem, counts, options.layers, options.repeats, options.routing):
-        found.append(row)
-        if not options.json:
-            print(gpu_table.line(row), flush=True)
+        print(device, f"routing: {options.routing}", gpu_table.HEADER, sep="\n", flush=True)
+    name, how = options.config.stem, (options.layers, options.repeats, options.routing, options.check)
+    try:
+        for row in gpu_table.rows(cfg, name, counts, *how):
+            found.append(row)
+            if not options.json:
+                print(gpu_table.line(row), flush=True)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     if options.json:
         print(json.dumps({**device, "routing": options.routing, "rows": found}))
+
+
+def of_compiling(options: argparse.Namespace) -> None:
+    """Seconds to compile the whole model's decode step for several batches, as text or JSON."""
+    import compile_times
+
+    batches = [int(count) for count in options.tokens.split(",")] if options.tokens else list(compile_times.BATCHES)
+    # In processes of its own, before this one takes the device's memory.
+    found = compile_times.measure(options.config, batches, options.implementation)
+    print(json.dumps(found) if options.json else compile_times.text_of(found))
 
 
 def main() -> None:
@@ -79,8 +94,13 @@ def main() -> None:
     parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--routing", default="uniform", choices=("uniform", "zipf", "one"), help="on a GPU")
     parser.add_argument("--implementation", default=None)
+    parser.add_argument("--check", action="store_true", help="on a GPU: compare with float32 before timing")
+    parser.add_argument("--compile-times", action="store_true", help="of decode steps, first and from the cache")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.compile_times:
+        of_compiling(options)
+        return
     cfg = load_toml_config(options.config)
     on_gpu = jax.default_backend() == "gpu" and options.implementation in (None, "triton")
     options.layers = options.layers or (8 if on_gpu else 3)
@@ -101,8 +121,12 @@ def main() -> None:
     )
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "config": options.config.name}
     if on_gpu:
-        on_a_gpu(cfg, options, device)
+        import gpu_state
+
+        on_a_gpu(cfg, options, {**device, **gpu_state.versions()})
         return
+    if options.check or options.routing != "uniform":
+        parser.error("--check and --routing are for the kernels of an NVIDIA GPU")
     layers = random_params(cfg)["layers"][0]["moe"]
     rows = []
     for tokens in map(int, options.tokens.split(",")):

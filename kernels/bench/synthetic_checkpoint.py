@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from ferrum_jax.sources import Linear, Vector, layer_sources, top_sources
 from ferrum_kernels.bits import words_for
 
 POOL = 2**23  # random words to cut tensors from
+THREADS = 8  # shards that are written at once, at most
+BUFFER = 2**22  # bytes between calls of the system
 ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM", "mixtral": "MixtralForCausalLM"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -88,17 +92,18 @@ def _of(source: Vector | Linear, format_of: FormatOf) -> Iterator[Tensor]:
     yield Tensor(f"{module}.qzeros", "I32", (groups, words_for(n, found.bits)), "zeros", found.bits)
 
 
-class Values:
-    """Random values of every kind, cut from pools that are made once."""
+class Pools:
+    """Random values of every kind, made once and cut for every tensor."""
 
     def __init__(self, cfg: ModelConfig, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.words = self.rng.integers(0, 2**32, POOL, np.uint32)
-        self.normal = self.rng.standard_normal(POOL, np.float32)
-        self.uniform = self.rng.uniform(0.5, 1.5, POOL // 8).astype(np.float32)
+        rng = np.random.default_rng(seed)
+        self.words = rng.integers(0, 2**32, POOL, np.uint32)
+        self.normal = rng.standard_normal(POOL, np.float32)
+        self.uniform = rng.uniform(0.5, 1.5, POOL // 8).astype(np.float32)
         self.stored = 0 if cfg.quant is not None and cfg.quant.checkpoint_format == "gptq_v2" else 1
+        self._scaled: dict[tuple[str, float], np.ndarray] = {}
 
-    def pieces(self, tensor: Tensor) -> Iterator[np.ndarray]:
+    def pieces(self, tensor: Tensor, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """The data of a tensor, in pieces no larger than a pool."""
         count = int(np.prod(tensor.shape))
         if tensor.kind == "groups":
@@ -109,23 +114,29 @@ class Values:
             yield np.full(count, sum(middle << i for i in range(0, 32, bits)), np.uint32)
         elif tensor.kind == "ones":
             yield np.ones(count, ml_dtypes.bfloat16)
-        elif tensor.kind == "words":
-            yield from self._cut(self.words, count)
         else:
-            pool, dtype = (self.normal, ml_dtypes.bfloat16) if tensor.kind == "normal" else (self.uniform, np.float16)
-            for piece in self._cut(pool, count):
-                yield (piece * np.float32(tensor.spread)).astype(dtype)
+            yield from _cut(self._pool(tensor.kind, tensor.spread), count, rng)
 
-    def _cut(self, pool: np.ndarray, count: int) -> Iterator[np.ndarray]:
-        while count:
-            size = min(count, len(pool) // 2)
-            start = int(self.rng.integers(0, len(pool) - size))
-            yield pool[start : start + size]
-            count -= size
+    def _pool(self, kind: str, spread: float) -> np.ndarray:
+        """The pool in the dtype and scale of a tensor; a checkpoint has few different ones."""
+        if kind == "words":
+            return self.words
+        if (kind, spread) not in self._scaled:
+            pool, dtype = (self.normal, ml_dtypes.bfloat16) if kind == "normal" else (self.uniform, np.float16)
+            self._scaled[kind, spread] = (pool * np.float32(spread)).astype(dtype)
+        return self._scaled[kind, spread]
+
+
+def _cut(pool: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    while count:
+        size = min(count, len(pool) // 2)
+        start = int(rng.integers(0, len(pool) - size))
+        yield pool[start : start + size]
+        count -= size
 
 
 def write_weights(folder: Path, cfg: ModelConfig, shard_bytes: int, seed: int) -> int:
-    """Write the shards and their index; returns bytes of all tensors."""
+    """Write the shards, several at a time, and their index; returns bytes of all tensors."""
     shards: list[list[Tensor]] = [[]]
     size = total = 0
     for tensor in tensors(cfg):
@@ -134,30 +145,37 @@ def write_weights(folder: Path, cfg: ModelConfig, shard_bytes: int, seed: int) -
             size = 0
         shards[-1].append(tensor)
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    values, weight_map = Values(cfg, seed), {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in shard:
-            header[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": tensor.shape,
-                "data_offsets": [offset, offset + tensor.nbytes],
-            }
-            offset += tensor.nbytes
-            weight_map[tensor.name] = file
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for tensor in shard:
-                for piece in values.pieces(tensor):
-                    out.write(np.ascontiguousarray(piece).view(np.uint8).data)
-        print(f"{file}: {len(shard)} tensors, {offset / 1e9:.2f} GB", file=sys.stderr)
+    pools = Pools(cfg, seed)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+
+    def write(number: int) -> None:
+        # A generator of its own, so that the bytes do not depend on which shard is written when.
+        _write_shard(folder / names[number], shards[number], pools, np.random.default_rng([seed, number]))
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(write, range(len(shards))):
+            pass
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return total
+
+
+def _write_shard(path: Path, shard: list[Tensor], pools: Pools, rng: np.random.Generator) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=BUFFER) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            for piece in pools.pieces(tensor, rng):
+                out.write(np.ascontiguousarray(piece).view(np.uint8).data)
+    print(f"{path.name}: {len(shard)} tensors, {offset / 1e9:.2f} GB", file=sys.stderr)
 
 
 def write_config(folder: Path, cfg: ModelConfig) -> None:
@@ -228,7 +246,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=root / "configs" / "qwen3-30b-a3b.toml")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into; made if absent")
     parser.add_argument("--layers", type=int, help="decoder layers, fewer than the config's for a quick look")
-    parser.add_argument("--shard-gb", type=float, default=4.0, help="most gigabytes per file")
+    parser.add_argument("--shard-gb", type=float, default=2.0, help="most gigabytes per file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     cfg = load_toml_config(options.config)

@@ -233,8 +233,6 @@ def routed_experts(
     cuts = few_cuts(x.shape[0] * top_k, down.num_experts, gate_up, down)
     if cuts is None or gate_up.perm is not None or gate_up.num_experts > triton_few.MOST_LANES:
         chosen, weights, live, counts = route(logits, mask, top_k, norm)
-        if cuts is None and x.shape[0] <= MOST_COLUMNS:
-            return _experts_in_blocks(x, live, weights, None, gate_up, down, layer), chosen, weights
         return experts(x, live, weights, counts, gate_up, down, layer), chosen, weights
     h, chosen, weights, live = triton_few.gated(
         padded(x, gate_up),
@@ -262,12 +260,12 @@ def _experts_in_blocks(
     x: jax.Array,
     live: jax.Array,
     weights: jax.Array,
-    counts: jax.Array | None,
+    counts: jax.Array,
     gate_up: TiledLinear,
     down: TiledLinear,
     layer: Any,
 ) -> jax.Array:
-    """`experts` by blocks of an expert's pairs; without counts, of few enough tokens that a block takes them all."""
+    """`experts` by blocks of an expert's pairs."""
     interpret = _interpret.get()
     tokens, top_k = live.shape
     pairs, features, num_experts = tokens * top_k, down.k, down.num_experts
@@ -277,14 +275,10 @@ def _experts_in_blocks(
     fused = 2 * features == gate_up.words.shape[-2] and features % 16 == 0
     up_tile = fit(up_tile, features if fused else gate_up.words.shape[-2], gate_up.num_blocks)
     down_tile = fit(down_tile, down.words.shape[-2], down.num_blocks)
-    if counts is None:
-        table = up_block = down_block = tokens
-        blocks, rows = num_experts, Rows(tokens, live=live)
-    else:
-        table = max(up_block, down_block)
-        blocks = max_blocks(pairs, num_experts, table)
-        order, *tables = triton_route.place(live, counts, num_experts, table, blocks, interpret)
-        rows = Rows(table, experts=tables[0], starts=tables[1], counts=tables[2], order=order)
+    table = max(up_block, down_block)
+    blocks = max_blocks(pairs, num_experts, table)
+    order, *tables = triton_route.place(live, counts, num_experts, table, blocks, interpret)
+    rows = Rows(table, experts=tables[0], starts=tables[1], counts=tables[2], order=order)
 
     def run(x: jax.Array, w: TiledLinear, block: int, tile: Any, out: Any, **how: Any) -> jax.Array:
         shared = {"gated": how.pop("gated", False), "weights": how.pop("weights", None), "interpret": interpret}
@@ -292,7 +286,7 @@ def _experts_in_blocks(
         return product(x, w, index, these, blocks * (table // block), pairs, tile, out, **shared)
 
     # A permutation is its expert's own, so permuted rows are one per pair.
-    by_pair = down.perm is not None or counts is None
+    by_pair = down.perm is not None
     source, per_row = padded(x, gate_up), top_k
     if gate_up.perm is not None:
         source, per_row = _permuted(x[jnp.arange(pairs) // top_k], gate_up, index, flat), 1
@@ -309,7 +303,6 @@ def _experts_in_blocks(
     return jnp.where(real, y.astype(jnp.float32), 0.0).sum(1).astype(x.dtype)
 
 
-MOST_COLUMNS = 32  # tokens that are all columns of every expert's product, so that pairs need no places
 MANY_PAIRS = 4096  # from here on a pair's output is written in 16 bits: writing it would take a tenth of the time
 
 

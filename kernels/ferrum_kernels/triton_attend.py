@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,115 +20,168 @@ from ferrum_kernels.triton_flash import (
     queries,
     read,
     store,
+    summed,
     sweep,
     write,
 )
 
-PARTS = 16  # parts of a row that one turn of the adding kernel takes
+
+def _begin(s: Statics, r: Refs, start: Any) -> Any:
+    """The position of the first tile that holds something a token at `start` sees."""
+    return lax.max(start + 1 - r["window"][0], 0) // s.cut.tile * s.cut.tile
 
 
-def _pieces(s: Statics, r: Refs) -> tuple[jax.Array, ...]:
-    """Rows int32 [B'], where what each one sees begins (a multiple of the tile), and how many pieces that has."""
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    """Who takes what: rows are cut into pieces, and each program takes the same number of them, one behind the other.
+
+    Attributes:
+      row, begin, end: int32 [B'], rows; where what each one sees begins; the piece, counted over all rows, after its
+        last.
+      pieces: int32 [B'], how many it has; at least one.
+      total: of all rows.
+      programs: how many programs share them, each at least one.
+    """
+
+    row: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    pieces: jax.Array
+    total: jax.Array
+    programs: jax.Array
+
+    def of(self, values: jax.Array, row: Any) -> Any:
+        """A row's value."""
+        return jnp.sum(jnp.where(self.row == row, values, 0), axis=0)
+
+    def first(self, program: Any) -> Any:
+        """The first piece of a program."""
+        return program * self.total // self.programs
+
+    def program(self, piece: Any) -> Any:
+        """The program of a piece."""
+        return ((piece + 1) * self.programs - 1) // self.total
+
+    def row_of(self, piece: Any) -> Any:
+        """The row of a piece."""
+        return jnp.sum(jnp.where((self.end <= piece) & (self.pieces > 0), 1, 0), axis=0)
+
+
+def _shares(s: Statics, r: Refs, programs: int) -> _Shares:
     batch = r["start"].shape[0]
     row = jnp.arange(max(2, 1 << (batch - 1).bit_length()), dtype=jnp.int32)
-    start = lax.max(read(r["start"], (row,), row < batch), 0)
-    begin = lax.max(start + 1 - r["window"][0], 0) // s.cut.tile * s.cut.tile
-    length = lax.min(start, s.capacity) - begin
-    pieces = lax.max((length + (s.cut.piece - 1)) // s.cut.piece, 1)
-    return row, begin, jnp.where(row < batch, pieces, 0)
+    start, count = (read(r[name], (row,), row < batch) for name in ("start", "count"))
+    start = lax.max(jnp.where(count > 0, start, 0), 0)
+    begin = _begin(s, r, start)
+    pieces = lax.max((lax.min(start, s.capacity) - begin + (s.cut.piece - 1)) // s.cut.piece, 1)
+    pieces = jnp.where(row < batch, pieces, 0)
+    total = jnp.sum(pieces, axis=0)
+    return _Shares(row, begin, jnp.cumsum(pieces), pieces, total, lax.min(total, programs))
 
 
-def _pick(values: jax.Array, here: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(here, values, 0), axis=0)
-
-
-def decode_kernel(programs: int, most: int, s: Statics, r: Refs, out: Refs) -> None:
+def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
     """Write and see the one new token of each row; a program takes pieces of rows for one key head."""
     from jax.experimental import pallas as pl
 
     head, me = pl.program_id(0), pl.program_id(1)
-    rows, begins, counts = _pieces(s, r)
-    ends = jnp.cumsum(counts)
-    total = _pick(counts, rows >= 0)
-
-    def piece(w: Any) -> None:
-        row = _pick(jnp.where(ends <= w, 1, 0), rows >= 0)
-        mine = rows == row
-        share, alone = w - _pick(ends - counts, mine), _pick(counts, mine) == 1
-        begin = _pick(begins, mine) + share * s.cut.piece
-        start, real = r["start"][row], r["count"][row] > 0
-        pl.when(real)(lambda: compute(w, row, share, alone, begin, start))
-        pl.when(~real & (share == 0))(lambda: put(jnp.zeros((s.width, s.head_dim), jnp.float32), row))
+    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
 
     def put(y: jax.Array, row: Any) -> None:
         member = jnp.arange(s.width, dtype=jnp.int32)
         alive = member < s.group
         query_head = jnp.where(alive, head * s.group + member, s.heads)
-        lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
         store(out["y"], (row, 0, query_head[:, None], lane), y, alive[:, None])
 
-    def compute(w: Any, row: Any, share: Any, alone: Any, begin: Any, start: Any) -> None:
+    def take(row: Any, start: Any, begin: Any, until: Any, fresh: Any, part: Any) -> None:
+        """Positions from `begin` to `until` of a row, and the new token where `fresh`; a part of it, or None: all."""
+        # Nothing branches on what the row has: its heads are read while that number is still on its way.
+        live = r["count"][row] > 0
+        fresh, until = fresh & live, jnp.where(live, until, begin)
         q, first, second, _, query_head, alive = queries(s, r, row, head, 0)
-        # The new token is seen by the piece that comes first, which also writes it.
         one = jnp.zeros((1,), jnp.int32)
-        fresh = (one == share) & (one + start < s.capacity) & (one + start >= 0)
-        place = cache_rows(s, r, row, one + start, fresh)
-        k1, k2, v = write(s, r, out, row, head, one, place, fresh)
+        real = (one + start < s.capacity) & (one + start >= 0) & fresh
+        k1, k2, v = write(s, r, out, row, head, one, cache_rows(s, r, row, one + start, real), real)
         score = jnp.sum(first.astype(jnp.float32) * k1 + second.astype(jnp.float32) * k2, axis=1)
-        score = score * (LOG2_E / s.head_dim**0.5)
-        mine = jnp.full((s.width,), share, jnp.int32) == 0
-        state = (
-            jnp.where(mine, score, LEAST),
-            jnp.where(mine, 1.0, 0.0),
-            jnp.where(mine[:, None], jnp.broadcast_to(v, (s.width, s.head_dim)), 0.0),
-        )
+        score = jnp.where(fresh, score * (LOG2_E / s.head_dim**0.5), LEAST)
+        seen = jnp.where(fresh, jnp.broadcast_to(v, (s.width, s.head_dim)), 0.0)
         low = start - r["window"][0]
-        end = lax.min(lax.min(start, s.capacity), begin + s.cut.piece)
-        turns = (begin // s.cut.tile, (end + s.cut.tile - 1) // s.cut.tile)
+        tiles = (begin // s.cut.tile, (until + s.cut.tile - 1) // s.cut.tile)
+        state = (score, *nothing(s)[1:2], seen.T if s.cut.swap else seen)
         most, total, values = sweep(
-            s, r, q, row, head, turns, lambda i: i, lambda positions: positions > low, end, state
+            s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
         )
-        y = values / total[:, None]
-        if "parts" not in out:
+        total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
+        y = jnp.where(live, (values.T if s.cut.swap else values) * (1.0 / total)[:, None], 0.0)
+        if part is None:
             put(y, row)
             return
-        pl.when(alone)(lambda: put(y, row))
 
-        def part() -> None:
-            lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
+        def keep() -> None:
             at = jnp.where(alive, query_head, s.heads)
-            store(out["parts"], (w, at[:, None], lane), y, alive[:, None])
-            store(out["sums"], (w, at), most + jnp.log(total) * LOG2_E, alive)
+            store(out["parts"], (part, at[:, None], lane), y, alive[:, None])
+            store(out["sums"], (part, at), most + jnp.log(total) * LOG2_E, alive)
 
-        pl.when(~alone)(part)
+        pl.when(part < 0)(lambda: put(y, row))
+        pl.when(part >= 0)(keep)
 
-    if programs == most:
-        pl.when(me < total)(lambda: piece(me))
+    def turns(lower: Any, upper: Any, share: Any) -> None:
+        def body(row: Any, carry: Any) -> Any:
+            share(row)
+            return carry
+
+        lax.fori_loop(lower, upper, body, 0)
+
+    if "parts" not in out:  # every row is one piece
+
+        def whole(row: Any) -> None:
+            start = r["start"][row]
+            take(row, start, _begin(s, r, start), lax.min(start, s.capacity), True, None)
+
+        batch = r["start"].shape[0]
+        if batch == programs:
+            whole(me)
+        else:
+            turns(me * batch // programs, (me + 1) * batch // programs, whole)
         return
 
-    def turn(i: Any, carry: Any) -> Any:
-        piece(me + i * programs)
-        return carry
+    shares = _shares(s, r, programs)
+    lower = shares.first(me)
+    upper = shares.first(me + 1)
 
-    lax.fori_loop(0, (total - me + (programs - 1)) // programs, turn, 0)
+    def some(row: Any) -> None:
+        start = r["start"][row]
+        end, pieces, begin = (shares.of(x, row) for x in (shares.end, shares.pieces, shares.begin))
+        first, last = lax.max(lower, end - pieces), lax.min(upper, end)
+        # Parts of a program are that of the row where it begins and that of the row where it ends.
+        part = jnp.where(last - first == pieces, -1, jnp.where(first == lower, 2 * me, 2 * me + 1))
+        until = lax.min(lax.min(start, s.capacity), begin + (last - end + pieces) * s.cut.piece)
+        take(row, start, begin + (first - end + pieces) * s.cut.piece, until, first == end - pieces, part)
+
+    pl.when(me < shares.programs)(lambda: turns(shares.row_of(lower), shares.row_of(upper - 1) + 1, some))
 
 
-def add_kernel(s: Statics, r: Refs, out: Refs) -> None:
-    """Add up the parts of one row and query head, where there is more than one."""
+def add_kernel(programs: int, turn: int, s: Statics, r: Refs, out: Refs) -> None:
+    """Add up the parts of one row and query head, where there is more than one; `turn` parts at a time."""
     from jax.experimental import pallas as pl
 
     head, me = pl.program_id(0), pl.program_id(1)
-    rows, _, counts = _pieces(s, r)
-    before, count = _pick(counts, rows < me), _pick(counts, rows == me)
+    shares = _shares(s, r, programs)
+    end = shares.of(shares.end, me)
+    begin = end - shares.of(shares.pieces, me)
+    first = shares.program(begin)
+    count = shares.program(end - 1) - first + 1
+    late = shares.first(first) < begin  # in the first program another row came before
     lane = jnp.arange(s.head_dim, dtype=jnp.int32)
 
     def add() -> None:
         def body(i: Any, state: Any) -> Any:
             most, total, values = state
-            place = i * PARTS + jnp.arange(PARTS, dtype=jnp.int32)
+            place = i * turn + jnp.arange(turn, dtype=jnp.int32)
             alive = place < count
-            sums = jnp.where(alive, read(r["sums"], (before + place, head), alive), LEAST)
-            parts = read(r["parts"], ((before + place)[:, None], head, lane[None, :]), alive[:, None])
+            part = 2 * (first + place)
+            part = jnp.where((place == 0) & late, part + 1, part)
+            sums = jnp.where(alive, read(r["sums"], (part, head), alive), LEAST)
+            parts = read(r["parts"], (part[:, None], head, lane[None, :]), alive[:, None])
             now = lax.max(most, jnp.max(sums, axis=0))
             weights = jnp.where(alive, power(sums - now, s.interpret), 0.0)
             fade = power(jnp.broadcast_to(most - now, lane.shape), s.interpret)
@@ -139,10 +193,10 @@ def add_kernel(s: Statics, r: Refs, out: Refs) -> None:
 
         zeros = jnp.zeros(lane.shape, jnp.float32)
         state = (jnp.float32(LEAST), zeros, zeros)
-        _, total, values = lax.fori_loop(0, (count + (PARTS - 1)) // PARTS, body, state)
+        _, total, values = lax.fori_loop(0, (count + (turn - 1)) // turn, body, state)
         out["y"][me, 0, head, :] = (values / total).astype(s.dtype)
 
-    pl.when(count > 1)(add)
+    pl.when((count > 1) & (r["count"][me] > 0))(add)
 
 
 def write_kernel(block: int, s: Statics, r: Refs, out: Refs) -> None:
@@ -206,7 +260,7 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
             nothing(s),
         )
         _, total, values = sweep(s, r, q, row, head, (inner, outer), lambda i: i, None, end, state)
-        y = jnp.where((token < count)[:, None], values / total[:, None], 0.0)
+        y = jnp.where((token < count)[:, None], values * (1.0 / summed(s, total))[:, None], 0.0)
         put(y, token, query_head, alive)
 
     def nobody() -> None:

@@ -153,7 +153,7 @@ def _attention(
         dtype=jnp.dtype(given["q"].dtype),
         interpret=triton.is_interpreted(),
     )
-    s = dataclasses.replace(s, cut=decode_cut(s, batch) if tokens == 1 else prefill_cut(s, tokens))
+    s = dataclasses.replace(s, cut=decode_cut(s, batch) if tokens == 1 else prefill_cut(s, batch, tokens))
     scalars = {"layer": layer, "window": window}
     if norms is not None and norm_layer is not None:
         scalars["norm_layer"] = norm_layer
@@ -168,8 +168,7 @@ def _attention(
     if tokens == 1:
         y, cache = _decode(s, named, cache)
     else:
-        cache = _write(s, named, cache)
-        y = _prefill(s, named, cache)
+        y, cache = _prefill(s, named, _write(s, named, cache))
     shaped = [x.reshape(old.shape) for x, old in zip(cache.values(), (*pools, *(scales or ())), strict=True)]
     return y.reshape(batch, tokens, heads * h), (shaped[0], shaped[1]), (shaped[2], shaped[3]) if scales else None
 
@@ -216,20 +215,19 @@ def _tile(s: Statics) -> int:
 
 
 def decode_cut(s: Statics, batch: int) -> Cut:
-    """How one new token per row is cut up: pieces small enough to give every multiprocessor a few."""
+    """How one new token per row is cut up: two programs for each multiprocessor, or fewer where there is little."""
     tile = _tile(s)
-    piece = 4 * tile
-    while piece < s.capacity and batch * s.kv_heads * -(-s.capacity // piece) > 1024:
-        piece *= 2
-    return Cut(tile=tile, warps=4, stages=3, queries=1, piece=piece, programs=max(1, 512 // s.kv_heads))
+    return Cut(tile=tile, warps=4, stages=3, queries=1, piece=4 * tile, programs=max(1, 264 // s.kv_heads))
 
 
-def prefill_cut(s: Statics, tokens: int) -> Cut:
-    """How several new tokens per row are cut up: 128 queries by 64 positions, fewer where there are few tokens."""
-    most = max(1, 128 // s.padded_group)
-    count = min(most, 1 << (tokens - 1).bit_length())
-    width = count * s.padded_group
-    return Cut(tile=_tile(s), warps=8 if width >= 128 else 4, stages=3 if s.head_dim <= 128 else 2, queries=count)
+def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
+    """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
+    width = 256 if s.head_dim <= 128 else 128
+    while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
+        width //= 2
+    count = min(max(1, width // s.padded_group), 1 << (tokens - 1).bit_length())
+    warps = 8 if count * s.padded_group >= 128 else 4
+    return Cut(tile=_tile(s), warps=warps, stages=3 if s.head_dim <= 128 else 2, queries=count)
 
 
 def _call(
@@ -269,29 +267,23 @@ def _decode(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
     batch = named["q"].shape[0]
     y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), s.dtype)
     most = -(-s.capacity // s.cut.piece)
-    pieces = batch * most
+    programs = min(batch * most, s.cut.programs)
     parts: Refs = {}
     if most > 1:
         parts = {
-            "parts": jax.ShapeDtypeStruct((pieces, s.heads, s.head_dim), jnp.float32),
-            "sums": jax.ShapeDtypeStruct((pieces, s.heads), jnp.float32),
+            "parts": jax.ShapeDtypeStruct((2 * programs, s.heads, s.head_dim), jnp.float32),
+            "sums": jax.ShapeDtypeStruct((2 * programs, s.heads), jnp.float32),
         }
-    programs = min(pieces, s.cut.programs)
-    out = {"y": y, **parts, **_shapes(cache)}
-    found = _call(
-        functools.partial(decode_kernel, programs, pieces),
-        s,
-        {**named, **cache},
-        out,
-        (s.kv_heads, programs),
-        "attend_one",
-        _same(cache),
-        s.cut,
-    )
+    grid, out = (s.kv_heads, programs), {"y": y, **parts, **_shapes(cache)}
+    kernel = functools.partial(decode_kernel, programs)
+    found = _call(kernel, s, {**named, **cache}, out, grid, "attend_one", _same(cache), s.cut)
     if parts:
-        given = {name: named[name] for name in ("start", "window")} | {name: found[name] for name in ("y", *parts)}
-        grid, cut = (s.heads, batch), Cut(warps=4, stages=2)
-        found["y"] = _call(add_kernel, s, given, {"y": y}, grid, "attend_add", _same(["y"]), cut)["y"]
+        given = {name: named[name] for name in ("start", "count", "window")}
+        given |= {name: found[name] for name in ("y", *parts)}
+        # Many rows have few parts each, and one warp has no other to wait for.
+        grid, cut = (s.heads, batch), Cut(warps=4 if batch < 16 else 1, stages=2)
+        kernel = functools.partial(add_kernel, programs, 4 * cut.warps)
+        found["y"] = _call(kernel, s, given, {"y": y}, grid, "attend_add", _same(["y"]), cut)["y"]
     return found["y"], {name: found[name] for name in cache}
 
 
@@ -306,10 +298,13 @@ def _write(s: Statics, named: Refs, cache: Refs) -> Refs:
     return _call(kernel, s, given, _shapes(cache), grid, "attend_write", _same(cache), cut)
 
 
-def _prefill(s: Statics, named: Refs, cache: Refs) -> jax.Array:
+def _prefill(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
     batch, tokens, _ = named["q"].shape
     y = jax.ShapeDtypeStruct((batch, tokens, s.heads, s.head_dim), s.dtype)
     tiles = -(-tokens // s.cut.queries)
     given = {name: x for name, x in named.items() if name not in ("k", "v", "k_norm")} | cache
     kernel = functools.partial(prefill_kernel, tiles)
-    return _call(kernel, s, given, {"y": y}, (tiles * s.kv_heads, batch), "attend_many", {}, s.cut)["y"]
+    # The cache passes through untouched: whoever writes it next has to wait, where XLA would make a copy of it.
+    out = {"y": y, **_shapes(cache)}
+    found = _call(kernel, s, given, out, (tiles * s.kv_heads, batch), "attend_many", _same(cache), s.cut)
+    return found["y"], {name: found[name] for name in cache}

@@ -30,6 +30,7 @@ class Cut:
       queries: tokens of a program.
       piece: positions of a row that one program takes, a multiple of the tile.
       programs: most programs per key head; each takes every so-manieth piece.
+      swap: positions are the left operand of the matrix units, few queries the right one.
     """
 
     tile: int = 64
@@ -38,6 +39,7 @@ class Cut:
     queries: int = 1
     piece: int = 0
     programs: int = 0
+    swap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +139,24 @@ def cache_rows(s: Statics, r: Refs, row: Any, positions: jax.Array, alive: jax.A
     return read(r["table"], (row, positions // s.page), alive) * s.page + positions % s.page
 
 
-def tile_rows(s: Statics, r: Refs, row: Any, first: Any, alive: jax.Array) -> jax.Array:
-    """The same of a whole tile from position `first` on, a multiple of its size: one page number where one will do."""
+def pages_of(s: Statics, r: Refs, row: Any, first: Any) -> Any:
+    """What a table says of a tile: int32 [tile], or one number where one page holds it. None without a table."""
+    if "table" not in r:
+        return None
+    if s.cut.tile <= s.page:
+        return r["table"][row, lax.min(first, s.capacity - 1) // s.page]
+    positions = lax.min(first + jnp.arange(s.cut.tile, dtype=jnp.int32), s.capacity - 1)
+    return read(r["table"], (row, positions // s.page))
+
+
+def tile_rows(s: Statics, row: Any, first: Any, pages: Any) -> jax.Array:
+    """Where the positions of a tile lie in the cache, by what `pages_of` says of it."""
     offsets = jnp.arange(s.cut.tile, dtype=jnp.int32)
-    if "table" in r and s.cut.tile <= s.page:
-        return r["table"][row, first // s.page] * s.page + (first % s.page + offsets)
-    return cache_rows(s, r, row, first + offsets, alive)
+    if pages is None:
+        return row * s.page + first + offsets
+    if s.cut.tile <= s.page:
+        return pages * s.page + (first % s.page + offsets)
+    return pages * s.page + offsets % s.page  # a tile begins where a page does
 
 
 def rotated(
@@ -245,17 +259,22 @@ def _rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.floor(x / scale[:, None] + 0.5)
 
 
-# (float32 maxima [M] in units of log2, float32 sums [M], float32 weighted values [M, h])
+# float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding
+# them up costs time; float32 weighted values [M, h]. The last two turned round where `swap` says so.
 State = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def nothing(s: Statics) -> State:
     """The state before any position was seen."""
-    return (
-        jnp.full((s.width,), LEAST, jnp.float32),
-        jnp.zeros((s.width,), jnp.float32),
-        jnp.zeros((s.width, s.head_dim), jnp.float32),
-    )
+    sums = (s.width,) if s.cut.queries > 1 else (s.width, s.cut.tile)
+    shapes = (s.width,), sums, (s.width, s.head_dim)
+    most, total, values = (jnp.full(shape[::-1] if s.cut.swap else shape, 0.0, jnp.float32) for shape in shapes)
+    return most + LEAST, total, values
+
+
+def summed(s: Statics, total: jax.Array) -> jax.Array:
+    """float32 [M]: the sums of a state."""
+    return total if total.ndim == 1 else jnp.sum(total, axis=0 if s.cut.swap else 1)
 
 
 def sweep(
@@ -291,30 +310,49 @@ def sweep(
     lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
     unit = LOG2_E / math.sqrt(s.head_dim)
 
-    def body(i: Any, state: State) -> State:
-        most, total, values = state
+    # Positions are rows of the products or their columns; queries the other way round.
+    along = 0 if s.cut.swap else 1
+
+    def by_query(x: jax.Array) -> jax.Array:
+        return x[None, :] if s.cut.swap else x[:, None]
+
+    def by_position(x: jax.Array) -> jax.Array:
+        return x[:, None] if s.cut.swap else x[None, :]
+
+    def body(i: Any, carry: Any) -> Any:
+        (most, total, values), pages = carry
         first = tile_of(i) * tile
         positions = first + jnp.arange(tile, dtype=jnp.int32)
         alive = positions < end
-        rows = tile_rows(s, r, row, first, alive)
+        rows = tile_rows(s, row, first, pages)
+        # A turn ahead, because keys and values wait for it.
+        pages = pages_of(s, r, row, tile_of(i + 1) * tile)
         # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN.
         mask = None if visible is None else alive[:, None]
         k = read(r["keys"], (layer, rows[:, None], head, lane), mask)
-        scores = product(q, k.astype(s.dtype), (1, 1), s.interpret)
+        left, right = (k.astype(s.dtype), q) if s.cut.swap else (q, k.astype(s.dtype))
+        scores = product(left, right, (1, 1), s.interpret)
+        scale = unit
         if "key_scales" in r:
-            scores = scores * (read(r["key_scales"], (layer, rows, head), alive) * unit)[None, :]
-        else:
-            scores = scores * unit
+            scores, scale = scores * by_position(read(r["key_scales"], (layer, rows, head), alive) * unit), 1.0
         if visible is not None:
-            scores = jnp.where(visible(positions[None, :]) & alive[None, :], scores, -jnp.inf)
-        now = lax.max(most, jnp.max(scores, axis=1))
-        weights = power(scores - now[:, None], s.interpret)
+            scores = jnp.where(visible(by_position(positions)) & by_position(alive), scores, -jnp.inf)
+        now = lax.max(most, jnp.max(scores, axis=along) * scale)
+        weights = power(scores * scale - by_query(now), s.interpret)
         fade = power(most - now, s.interpret)
-        total = total * fade + jnp.sum(weights, axis=1)
+        if total.ndim == 1:
+            total = total * fade + jnp.sum(weights, axis=along)
+        else:
+            total = total * by_query(fade) + weights
         if "value_scales" in r:
-            weights = weights * read(r["value_scales"], (layer, rows, head), alive)[None, :]
-        v = read(r["values"], (layer, rows[:, None], head, lane), mask)
-        more = product(weights.astype(s.dtype), v.astype(s.dtype), (1, 0), s.interpret)
-        return now, total, values * fade[:, None] + more
+            weights = weights * by_position(read(r["value_scales"], (layer, rows, head), alive))
+        v = read(r["values"], (layer, rows[:, None], head, lane), mask).astype(s.dtype)
+        weights = weights.astype(s.dtype)
+        if s.cut.swap:
+            more = product(v, weights, (0, 0), s.interpret)
+        else:
+            more = product(weights, v, (1, 0), s.interpret)
+        return (now, total, values * by_query(fade) + more), pages
 
-    return lax.fori_loop(turns[0], turns[1], body, state)
+    state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * tile)))
+    return state

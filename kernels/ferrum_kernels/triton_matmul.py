@@ -50,8 +50,6 @@ class Rows:
       starts, counts: int32 [blocks], each block's first place and how many it has; None: block * b and all of them.
       share: this product cuts each block of those tables into so many (static).
       order: int32 [places], the pair at each place; None: places are pairs.
-      live: int32 [T, K], the experts of tokens: block e is expert e, its rows are the tokens that chose it; in place of
-        experts, starts, counts and order, where T is at most `block`.
       pairs_per_row: input rows are tokens of that many pairs; 0 where they are places (static).
       by_pair: write to the pair's row, else to the place's (static).
     """
@@ -61,7 +59,6 @@ class Rows:
     starts: Any = None
     counts: Any = None
     order: Any = None
-    live: Any = None
     share: int = 1
     pairs_per_row: int = 0
     by_pair: bool = False
@@ -113,7 +110,6 @@ def product(
         "starts": rows.starts,
         "counts": rows.counts,
         "order": rows.order,
-        "live": rows.live,
         "weights": weights,
         "x": x,
         "words": w.words,
@@ -123,14 +119,14 @@ def product(
     given = {name: array for name, array in named.items() if array is not None}
     width = max(LEAST_ROWS, 1 << (rows.block - 1).bit_length())
     statics = _Statics(
-        rows=dataclasses.replace(rows, experts=None, starts=None, counts=None, order=None, live=None),
+        rows=dataclasses.replace(rows, experts=None, starts=None, counts=None, order=None),
         width=width,
         tile=tile,
         bits=w.bits,
         group=w.group_size,
         groups=w.num_groups,
         blocks=w.num_blocks,
-        num_experts=0 if rows.experts is None and rows.live is None else w.num_experts,
+        num_experts=0 if rows.experts is None else w.num_experts,
         layered=layered,
         columns=columns,
         gated=gated,
@@ -176,21 +172,16 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     tile, rows = s.tile, s.rows
     first, block = pl.multiple_of(pl.program_id(0) * tile.n, tile.n), pl.program_id(1)
     lanes = jnp.arange(s.width, dtype=jnp.int32)
-    if "live" in r:
-        expert = block
-        pairs, alive = _choosers(r["live"], expert, lanes)
-        places, count = lanes, jnp.sum(jnp.where(alive, 1, 0))
+    expert = r["experts"][block // rows.share] if "experts" in r else None
+    inside = (block % rows.share) * rows.block
+    if "counts" in r:
+        start, count = r["starts"][block // rows.share] + inside, r["counts"][block // rows.share] - inside
     else:
-        expert = r["experts"][block // rows.share] if "experts" in r else None
-        inside = (block % rows.share) * rows.block
-        if "counts" in r:
-            start, count = r["starts"][block // rows.share] + inside, r["counts"][block // rows.share] - inside
-        else:
-            start = block * rows.block
-            count = out.shape[-2] - start
-        alive = lanes < lax.min(count, rows.block)
-        places = jnp.where(alive, start + lanes, start)
-        pairs = plgpu.load(r["order"].at[places], mask=alive, other=0) if "order" in r else places
+        start = block * rows.block
+        count = out.shape[-2] - start
+    alive = lanes < lax.min(count, rows.block)
+    places = jnp.where(alive, start + lanes, start)
+    pairs = plgpu.load(r["order"].at[places], mask=alive, other=0) if "order" in r else places
     sources = places if rows.pairs_per_row == 0 else pairs // rows.pairs_per_row
     # The interpreter writes what a mask hides as well, so rows that are not there point past the end.
     targets = jnp.where(alive, pairs if rows.by_pair else places, out.shape[-2])
@@ -219,19 +210,6 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     pl.when(mine)(compute)
     if s.fill:
         pl.when(~mine)(lambda: write(jnp.zeros(seen.shape, jnp.float32)))
-
-
-def _choosers(live: Any, expert: Any, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pair of each token with an expert, and whether it has chosen it."""
-    from jax.experimental.pallas import triton as plgpu
-
-    tokens, top_k = live.shape
-    slot = jnp.arange(1 << (top_k - 1).bit_length(), dtype=jnp.int32)
-    here = (token < tokens)[:, None] & (slot < top_k)[None, :]
-    at = jnp.broadcast_arrays(token[:, None], slot[None, :])
-    hit = here & (plgpu.load(live.at[at[0], at[1]], mask=here, other=-1) == expert)
-    pair = token * top_k + jnp.sum(jnp.where(hit, slot[None, :], 0), axis=1)
-    return pair, jnp.sum(jnp.where(hit, 1, 0), axis=1) > 0
 
 
 def _sums(

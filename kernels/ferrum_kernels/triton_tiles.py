@@ -24,7 +24,7 @@ def table(device_kind: str) -> dict[str, Any]:
     """The measured table for a kind of device, or that of its nearest relative: only a Hopper GPU was measured.
 
     >>> sorted(table("NVIDIA H200"))
-    ['date', 'device', 'experts', 'note', 'rows', 'shapes']
+    ['date', 'device', 'experts', 'few', 'note', 'rows', 'shapes']
     """
     names = {file.stem: file for file in FOLDER.glob("*.json")}
     kind = device_kind.lower().replace(" ", "-")
@@ -80,10 +80,10 @@ def _cut(numbers: list[int], columns: int, blocks: int) -> Cut:
 
 
 def expert_tiles(pairs: int, num_experts: int) -> tuple[int, Tile, int, Tile]:
-    """Rows of a block and tile of both products of an expert layer; blocks of 0 rows mean one block per pair.
+    """Rows of a block and tile of both products of an expert layer in blocks.
 
-    >>> [expert_tiles(8 * tokens, 128)[0] for tokens in (1, 64, 4096)]
-    [0, 8, 64]
+    >>> [expert_tiles(8 * tokens, 128)[0] for tokens in (16, 64, 4096)]
+    [8, 8, 64]
     """
     row = _row("experts", pairs / num_experts)
     return (*_tile(row["up"]), *_tile(row["down"]))

@@ -45,7 +45,9 @@ def test_the_projection_is_rounded_and_nothing_else_changes(
 ) -> None:
     folder = write_checkpoint(tmp_path, spec)
     blocks = TensorReader.blocks
-    monkeypatch.setattr(TensorReader, "blocks", lambda reader, name: blocks(reader, name, 2**12))  # more than one
+    monkeypatch.setattr(
+        TensorReader, "blocks", lambda reader, name, **rows: blocks(reader, name, 2**12, **rows)
+    )  # more than one
     plain, model = (load(folder, lm_head_bits=n, dtype="float32") for n in (None, bits))
     assert model.cfg == dataclasses.replace(plain.cfg, lm_head_bits=bits)
     head = model.params["lm_head"]

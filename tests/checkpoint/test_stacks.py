@@ -15,9 +15,8 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.checkpoint import load as loading
 from ferrum_jax.checkpoint import stacks
-from ferrum_jax.checkpoint.stacks import ALIGNMENT, Memory, aligned_empty, fill, shares_memory, to_jax
+from ferrum_jax.checkpoint.stacks import ALIGNMENT, Memory, aligned_empty, fill, to_jax
 from ferrum_jax.errors import CheckpointError
-from ferrum_jax.params import assemble
 from ferrum_jax.plan import make_plan
 from tests.support.checkpoint_writer import TinySpec, write_checkpoint
 
@@ -89,21 +88,6 @@ def test_loaded_parameters_are_the_memory_that_was_filled(
     for _ in range(2):  # the second is a warm start where there is a cache
         leaves = jax.tree.leaves(fj.load(folder, weight_cache=weight_cache, quiet=True).params)
         assert [address(leaf) for leaf in leaves] == [array.ctypes.data for array in filled]
-
-
-def test_a_device_that_shares_no_memory_is_filled_layer_by_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert shares_memory()
-    spec = TinySpec(num_experts=4, sym=False, desc_act=True, dynamic={r".*layers\.1\..*experts\.1\.": {"bits": 8}})
-    folder = write_checkpoint(tmp_path, spec)
-    shared = fj.load(folder, quiet=True)
-    calls = []
-    monkeypatch.setattr(loading, "shares_memory", lambda: False)
-    monkeypatch.setattr(loading, "assemble", lambda *arguments: calls.append(1) or assemble(*arguments))
-    copied = fj.load(folder, quiet=True)
-    assert calls == [1]
-    jax.tree.map(np.testing.assert_array_equal, copied.params, shared.params)
 
 
 def test_the_first_error_ends_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

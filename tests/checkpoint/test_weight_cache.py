@@ -25,9 +25,9 @@ from safetensors.numpy import load_file, save_file
 import ferrum_jax as fj
 from ferrum_jax import environment
 from ferrum_jax.checkpoint import load as loading
-from ferrum_jax.checkpoint import weight_cache
+from ferrum_jax.checkpoint import weight_cache, weight_file
 from ferrum_jax.checkpoint.load import CheckpointWarning
-from ferrum_jax.errors import BackendError, CapacityError, CheckpointError
+from ferrum_jax.errors import CapacityError, CheckpointError
 from tests.conftest import ROOT
 from tests.support.checkpoint_writer import MIXED_DYNAMIC, TinySpec, write_checkpoint
 
@@ -102,7 +102,7 @@ def test_the_file_is_safetensors_private_and_on_page_boundaries(folder: Path, ca
     np.testing.assert_array_equal(tensors["embed"], model.params["embed"])
     down = model.params["layers"][0]["moe"]["experts"]["down"]
     np.testing.assert_array_equal(tensors["layers.0.moe.experts.down.qweight"], down.qweight)
-    assert all(leaf.unsafe_buffer_pointer() % weight_cache.PAGE == 0 for leaf in jax.tree.leaves(model.params))
+    assert all(leaf.unsafe_buffer_pointer() % weight_file.PAGE == 0 for leaf in jax.tree.leaves(model.params))
 
 
 def flip(position: int) -> Callable[[Path], None]:
@@ -135,10 +135,10 @@ def cut(keep: Callable[[int], int]) -> Callable[[Path], None]:
 DAMAGE = {
     "no byte left": cut(lambda size: 0),
     "five bytes left": cut(lambda size: 5),
-    "header only": cut(lambda size: weight_cache.PAGE),
+    "header only": cut(lambda size: weight_file.PAGE),
     "half": cut(lambda size: size // 2),
     "one byte short": cut(lambda size: size - 1),
-    "one page longer": lambda file: os.truncate(file, file.stat().st_size + weight_cache.PAGE),
+    "one page longer": lambda file: os.truncate(file, file.stat().st_size + weight_file.PAGE),
     "header length": flip(0),
     "header length beyond the file": flip(5),
     "header": flip(300),
@@ -374,15 +374,6 @@ def test_who_decides_whether_weights_are_kept(
     load(folder, weight_cache=None)
     assert not (tmp_path / "user").exists() or not (tmp_path / "user" / "ferrum_jax" / "weights").exists()
     assert load(folder).report.weight_cache == entry(tmp_path / "user" / "ferrum_jax" / "weights")
-
-
-def test_other_devices_keep_none(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "LEAST", 1000)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    load(folder, weight_cache=None)
-    assert not cache.exists()
-    with pytest.raises(BackendError, match=r"weight_cache=True works on the CPU, this device is gpu; .*JAX_PLATFORMS"):
-        load(folder)
 
 
 def test_kept_weights_that_do_not_fit_are_refused(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ CASES = {
     "one alone": Case(start=(33,), count=(1,), heads=3, kv_heads=1),
     "one in pages": Case(**RAGGED, page=16, norms=False, dtype="float16"),
     "one in pages of int8": Case(**RAGGED, page=32, cache="int8"),
-    "one in parts": Case(**LONG, page=128),
+    "one in parts": Case(start=(300, 5, 17, 500), count=(1, 1, 0, 1), capacity=512, page=128),
+    "one in many parts": Case(start=(0, 700, 17, 1023, 300), count=(1, 1, 0, 1, 1), capacity=1024),
     "one in parts of int8 with a window": Case(**LONG, page=16, cache="int8", window=270),
     "one with a window": Case(**LONG, window=40, head_dim=16),
     "one with a window of itself": Case(**RAGGED, window=1),
@@ -61,13 +62,13 @@ def test_one_product_may_hold_queries_keys_and_values(name):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
-def test_programs_that_take_several_pieces_give_the_same(monkeypatch):
-    args, _ = build(CASES["one in parts"])
-    expected, *_ = triton_attention.attention(**args)
+@pytest.mark.parametrize("programs", [1, 3, 7])
+@pytest.mark.parametrize("name", ["one in parts", "one"])
+def test_few_programs_take_several_pieces_and_rows(name, programs, monkeypatch):
     cut = triton_attention.decode_cut
-    monkeypatch.setattr(triton_attention, "decode_cut", lambda *a: dataclasses.replace(cut(*a), programs=2))
-    y, *_ = triton_attention.attention(**args)
-    np.testing.assert_array_equal(y, expected)
+    few = lambda *a: dataclasses.replace(cut(*a), programs=programs)  # noqa: E731
+    monkeypatch.setattr(triton_attention, "decode_cut", few)
+    check(CASES[name], triton_attention.attention)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -91,9 +92,10 @@ def test_it_lowers_for_cuda_and_writes_in_place(tokens, cache):
     with triton.interpreted(False):
         text = lower_for_cuda(lambda args: triton_attention.attention(eps=eps, **args), args)
     calls = [line for line in text.splitlines() if "gpu$xla.gpu.triton" in line]
-    # The cache through the first kernel, the result through the one that adds parts up.
+    # The cache through every kernel but the one that adds parts up, which has the result.
     aliases = [len(re.findall(r"output_operand_alias<", call)) for call in calls]
-    assert aliases == [4 if cache else 2, 1 if tokens == 1 else 0]
+    pools = 4 if cache else 2
+    assert aliases == [pools, 1 if tokens == 1 else pools]
 
 
 ONE = Case(**RAGGED)

@@ -1,7 +1,12 @@
-"""The Triton kernels on a GPU: every dialect, any load, the same bits at every run."""
+"""The Triton kernels on a GPU: every dialect, any load, the same bits at every run.
+
+Inputs are new at every run, and a failure says from which seed. What must not be read is NaN, and so is the memory that
+results are written to.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,13 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ferrum_jax as fj
 from ferrum_kernels import gptq_matmul, tile, triton
+from ferrum_kernels.tiles import TiledLinear
+from tests.support.bench_scripts import script
 from tests.support.gptq_cases import make_linear, make_stack
+from tests.support.tiny import tiny_config
 from tests.support.triton_cases import expert_layer, ignore_deprecation, relative
 
 pytestmark = [pytest.mark.gpu, ignore_deprecation]
-ONE_ROUNDING, TWO_ROUNDINGS = 2e-3, 2.9e-3
-E, K = 16, 4
+ONE_ROUNDING, TWO_ROUNDINGS, THREE_ROUNDINGS = 2e-3, 2.9e-3, 3.3e-3
+E, K, D, F = 16, 4, 512, 256
+
+
+@pytest.fixture
+def rng():
+    seed = np.random.SeedSequence().entropy
+    print(f"inputs come from np.random.default_rng({seed})")
+    return np.random.default_rng(seed)
 
 
 def poison(*shapes: tuple[int, ...]) -> None:
@@ -24,57 +40,154 @@ def poison(*shapes: tuple[int, ...]) -> None:
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32)).delete()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("group_size", "sym", "act_order"), [(128, True, False), (32, False, True), (-1, False, False)]
-)
-def test_products_of_a_dialect(bits, group_size, sym, act_order, dtype):
-    w, dense = make_linear(1, k=512, n=192, bits=bits, group_size=group_size, sym=sym, act_order=act_order)
+def nan_like(leaf: jax.Array) -> jax.Array:
+    return jnp.full_like(leaf, jnp.nan) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def check_product(rng, rows, dtype="bfloat16", *, k, n=192, **dialect):
+    w, dense = make_linear(int(rng.integers(2**31)), k=k, n=n, **dialect)
     tiled = tile(w)
-    rng = np.random.default_rng()
-    for rows in (1, 33):
-        x = jnp.asarray(rng.standard_normal((rows, 512)), dtype)
-        poison((rows, 192))
+    for count in rows:
+        x = jnp.asarray(rng.standard_normal((count, k)), dtype)
+        poison((count, n))
         y = gptq_matmul(x, tiled, implementation="triton")
         assert relative(y, np.asarray(x, np.float64) @ dense) < ONE_ROUNDING
         assert (y == gptq_matmul(x, tiled, implementation="triton")).all()
 
 
+# Inputs that fill no block of weights, except for groups of 128, whose blocks they fill.
+INPUTS = {32: 416, 64: 448, 128: 512, -1: 416}
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["", "act-order"])
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("group_size", INPUTS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_of_a_dialect(rng, bits, group_size, sym, act_order):
+    sizes = {"k": INPUTS[group_size], "bits": bits, "group_size": group_size}
+    check_product(rng, (1, 33), sym=sym, act_order=act_order, **sizes)
+
+
+@pytest.mark.parametrize(("bits", "sym"), [(4, True), (4, False), (8, True), (8, False)])
+def test_products_in_float16(rng, bits, sym):
+    check_product(rng, (5,), "float16", k=448, bits=bits, group_size=64, sym=sym)
+
+
+@pytest.mark.parametrize("n", [64, 320, 2048])
+def test_products_of_any_size(rng, n):
+    check_product(rng, (2, 7, 8, 65, 129, 1023, 4096), k=1024, n=n, group_size=128, sym=True)
+
+
 @functools.cache
-def layer_of(bits: int, group_size: int, sym: bool):
-    up, dense_up = make_stack(1, E, k=512, n=512, bits=bits, group_size=group_size, sym=sym)
-    down, dense_down = make_stack(2, E, k=256, n=512, bits=bits, group_size=group_size, sym=sym)
-    stacks = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), (tile(up), tile(down)))
+def layer_of(bits: int, group_size: int, sym: bool, act_order: bool = False):
+    """Stacks of two layers, of which the first is NaN, and the dense weights of the second."""
+    kind = {"bits": bits, "group_size": group_size, "sym": sym, "act_order": act_order}
+    up, dense_up = make_stack(1, E, k=D, n=2 * F, **kind)
+    down, dense_down = make_stack(2, E, k=F, n=D, **kind)
+    stacks = jax.tree.map(lambda leaf: jnp.stack([nan_like(leaf), leaf]), (tile(up), tile(down)))
     return stacks, dense_up, dense_down
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 12, 40, 96, 600])  # every row of the table of tiles
-@pytest.mark.parametrize("load", ["random", "one expert"])
-def test_a_layer(tokens, load):
-    stacks, dense_up, dense_down = layer_of(4, 128, True)
-    check_layer(stacks, dense_up, dense_down, tokens, load)
+def without(stack: TiledLinear, dead: jax.Array) -> TiledLinear:
+    """A stack whose dead experts are NaN."""
+    return dataclasses.replace(stack, scales=jnp.where(dead[None, :, None, None], jnp.nan, stack.scales))
 
 
-@pytest.mark.parametrize(("bits", "group_size", "sym"), [(8, 128, True), (4, 32, False), (8, 64, False), (4, -1, True)])
-def test_a_layer_of_another_dialect(bits, group_size, sym):
-    check_layer(*layer_of(bits, group_size, sym), 40, "random")
+@pytest.mark.parametrize("tokens", [1, 2, 12, 33, 96, 600, 4096])  # every row of the table of tiles
+@pytest.mark.parametrize("load", ["random", "one set of experts", "one expert"])
+def test_a_layer(rng, tokens, load):
+    check_layer(rng, layer_of(4, 128, True), tokens, load)
 
 
-def check_layer(stacks, dense_up, dense_down, tokens, load):
-    rng = np.random.default_rng()
-    x = jnp.asarray(rng.standard_normal((tokens, 512)), jnp.bfloat16)
-    logits = jnp.asarray(rng.standard_normal((tokens, E)) + (np.arange(E) < K) * (100 if load == "one expert" else 0))
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(
+    "dialect",
+    [
+        (8, 128, True),
+        (4, 32, False),
+        (4, 64, True),
+        (8, 64, False),
+        (4, -1, True),
+        (8, -1, False),
+        (4, 32, True, True),
+        (8, 128, False, True),
+    ],
+    ids=lambda dialect: "-".join(map(str, dialect)),
+)
+def test_a_layer_of_another_dialect(rng, dialect, tokens):
+    check_layer(rng, layer_of(*dialect), tokens, "random")
+
+
+def check_layer(rng, made, tokens, load):
+    stacks, dense_up, dense_down = made
+    x = jnp.asarray(rng.standard_normal((tokens, D)), jnp.bfloat16)
+    logits = rng.standard_normal((tokens, E))
+    if load == "one set of experts":
+        logits = logits + (rng.permutation(E) < K) * 100
+    top_k = K
+    if load == "one expert":
+        top_k, logits = 1, logits + (np.arange(E) == rng.integers(E)) * 100
+    logits = jnp.asarray(logits, jnp.float32)
 
     @jax.jit
     def run(x, logits, stacks):
-        ids, weights, live, counts = triton.route(logits, None, K, True)
+        ids, weights, live, counts = triton.route(logits, None, top_k, True)
+        dead = jnp.ones(E, bool).at[ids.reshape(-1)].set(False)
+        up, down = (without(stack, dead) for stack in stacks)
+        return ids, weights, triton.experts(x, live, weights, counts, up, down, 1)
+
+    poison((tokens * top_k, F), (tokens * top_k, D), (tokens, D))
+    ids, weights, y = run(x, logits, stacks)
+    best, _ = jax.lax.top_k(logits, top_k)
+    np.testing.assert_allclose(jnp.take_along_axis(logits, ids, 1), best, atol=1e-4)
+    some = rng.permutation(tokens)[:40]
+    picked = np.asarray(x)[some], np.asarray(ids)[some], np.asarray(weights)[some]
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+    # Of many pairs each one's output is rounded as well.
+    most = THREE_ROUNDINGS if tokens * top_k >= triton.MANY_PAIRS else TWO_ROUNDINGS
+    assert relative(np.asarray(y)[some], expert_layer(*picked, dense_up, dense_down)) < most
+    assert (run(x, logits, stacks)[2] == y).all()
+
+
+@pytest.mark.parametrize("tokens", [3, 130])
+def test_masked_tokens_are_sent_nowhere(rng, tokens):
+    stacks, dense_up, dense_down = layer_of(4, 128, True)
+    mask = rng.random(tokens) < 0.5
+    mask[0] = True
+    x = rng.standard_normal((tokens, D)).astype(np.float32)
+    logits = jnp.asarray(rng.standard_normal((tokens, E)), jnp.float32)
+    poison((tokens * K, F), (tokens * K, D), (tokens, D))
+
+    @jax.jit
+    def run(x, mask):
+        ids, weights, live, counts = triton.route(logits, mask, K, True)
         return ids, weights, triton.experts(x, live, weights, counts, stacks[0], stacks[1], 1)
 
-    poison((tokens * K, 256), (tokens * K, 512))
-    ids, weights, y = run(x, logits, stacks)
-    some = np.random.default_rng(0).permutation(tokens)[:40]
-    picked = np.asarray(x)[some], np.asarray(ids)[some], np.asarray(weights)[some]
-    assert relative(np.asarray(y)[some], expert_layer(*picked, dense_up, dense_down)) < TWO_ROUNDINGS
-    assert np.isfinite(np.asarray(y, np.float32)).all()
-    assert (run(x, logits, stacks)[2] == y).all()
+    # What a padding token holds must not matter.
+    given = jnp.asarray(np.where(mask[:, None], x, np.nan), jnp.bfloat16)
+    ids, weights, y = run(given, jnp.asarray(mask))
+    assert (np.asarray(y)[~mask] == 0).all()
+    picked = np.asarray(given)[mask], np.asarray(ids)[mask], np.asarray(weights)[mask]
+    assert relative(np.asarray(y)[mask], expert_layer(*picked, dense_up, dense_down)) < TWO_ROUNDINGS
+    # Every expert empty.
+    _, _, nothing = run(given, jnp.zeros(tokens, bool))
+    assert (np.asarray(nothing) == 0).all()
+
+
+def test_no_tokens():
+    stacks, _, _ = layer_of(4, 128, True)
+    sizes = {"hidden_size": D, "num_experts": E, "top_k": K, "moe_intermediate_size": F, "num_layers": 1}
+    cfg = tiny_config(**sizes, dtype="bfloat16", implementation="triton")
+    moe = {"router": jnp.zeros((D, E)), "experts": {"gate_up": stacks[0][1], "down": stacks[1][1]}}
+    y, routing = fj.moe_layer(moe, jnp.zeros((2, 0, D), jnp.bfloat16), cfg)
+    assert (y.shape, routing.experts.shape) == ((2, 0, D), (2, 0, K))
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "one"])
+def test_a_layer_of_qwen3_30b_a3b(routing):
+    gpu_table = script("gpu_table")
+    layers, experts, top_k, hidden, intermediate = 2, 128, 8, 2048, 768
+    up = gpu_table.random_stack(1, (layers, experts), hidden, 2 * intermediate, 128)
+    down = gpu_table.random_stack(2, (layers, experts), intermediate, hidden, 128)
+    for tokens in (1, 8, 64, 1024, 4096) if routing == "uniform" else (64, 1024):
+        assert gpu_table.checked((up, down), tokens, top_k, routing, jnp.bfloat16) <= THREE_ROUNDINGS

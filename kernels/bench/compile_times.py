@@ -1,0 +1,91 @@
+"""How long the programs of a decode step take to compile, first and from the persistent cache.
+
+    python kernels/bench/moe_layer.py --compile-times
+
+Two processes, one after the other, compile `decode_step` of the whole model for each batch; they share a cache folder
+that is empty at first. Neither has weights: programs are compiled for shapes. Times are from tracing to a program that
+is ready.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+CACHE_LENGTH = 512
+ROOT = Path(__file__).parents[2]
+
+
+def measure(config: Path, batches: list[int], implementation: str | None) -> dict[str, Any]:
+    """Seconds of each batch, in a process with an empty cache and in one after it."""
+    with tempfile.TemporaryDirectory(prefix="ferrum-jax-compile-") as folder:
+        paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        command = [sys.executable, __file__, str(config), ",".join(map(str, batches)), implementation or ""]
+        found = []
+        for _ in range(2):
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if ended.returncode:
+                raise SystemExit(f"error: the process that compiles failed:\n{ended.stderr[-2000:]}")
+            found.append(json.loads(ended.stdout.splitlines()[-1]))
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    first, cached = found
+    return {
+        "batches": batches,
+        "first_seconds": first,
+        "cached_seconds": cached,
+        "first_total": sum(first),
+        "cached_total": sum(cached),
+        "cache_bytes": size,
+    }
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """A measurement for people."""
+    lines = ["batch   first, s   from the cache, s"]
+    for batch, first, cached in zip(found["batches"], found["first_seconds"], found["cached_seconds"], strict=True):
+        lines.append(f"{batch:5} {first:10.2f} {cached:18.2f}")
+    lines.append(f"total {found['first_total']:10.2f} {found['cached_total']:18.2f}")
+    return "\n".join(lines)
+
+
+def compile_all(config: Path, batches: list[int], implementation: str | None) -> list[float]:
+    """Seconds that each batch's decode step takes to be ready."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    import ferrum_jax as fj
+    from ferrum_jax.config_file import load_toml_config
+    from ferrum_jax.params import layout_for
+
+    cfg = dataclasses.replace(load_toml_config(config), implementation=implementation)
+    params = jax.eval_shape(layout_for(cfg), fj.abstract(cfg))
+    jax.block_until_ready(jnp.zeros(1) + 1)  # the device is up, and so is its compiler
+    seconds = []
+    for batch in batches:
+        cache = jax.eval_shape(lambda batch=batch: fj.init_cache(cfg, batch, CACHE_LENGTH))
+        token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        began = time.perf_counter()
+        step = jax.jit(fj.decode_step, static_argnames="cfg", donate_argnames="cache")
+        step.lower(params, token, cache, cfg).compile()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+if __name__ == "__main__":
+    path, batches, name = sys.argv[1:]
+    print(json.dumps(compile_all(Path(path), [int(batch) for batch in batches.split(",")], name or None)))

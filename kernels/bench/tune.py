@@ -1,0 +1,303 @@
+"""Measure the tiles of the Triton kernels on this GPU and write their table: python kernels/bench/tune.py --help.
+
+Candidates are compiled in a pool of threads and then timed one after the other, several matrices in rotation as one
+CUDA graph, so that weights come from memory. Every result goes to a log at once: a run that was stopped goes on where
+it was, and a run that is short of time (--budget-seconds) says what is left. A candidate whose numbers are wrong is not
+chosen. The table is written when all of it was measured; commit it beside the others in ferrum_kernels/tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tune_cases as cases_of
+from tune_cases import Case
+
+ROOT = Path(__file__).parents[2]
+TUNED = ROOT / "kernels" / "ferrum_kernels" / "tuned"
+NOTE = (
+    "tile: rows of a block (0: one per pair), outputs, warps, stages, blocks of weights per turn; load: most pairs per "
+    "expert, or most rows; microseconds: up, down and place, or of each shape"
+)
+
+
+class Log:
+    """Results in a file of JSON lines, kept by the kernels' sources: {"source", "key", "microseconds" or "failed"}.
+
+    A last line that was cut off is ignored and measured again.
+    """
+
+    def __init__(self, path: Path, source: str):
+        self.path, self.source = path, source
+        self.results: dict[str, Any] = {}
+        text = path.read_text("utf-8") if path.exists() else ""
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entry["source"] == source:
+                self.results[entry["key"]] = entry.get("microseconds", entry.get("failed"))
+        self._begin = "\n" if text and not text.endswith("\n") else ""
+
+    def add(self, case: Case, result: float | str) -> None:
+        """Keep a result and write it down."""
+        self.results[case.key] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        field = "microseconds" if isinstance(result, float) else "failed"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._begin + json.dumps({"source": self.source, "key": case.key, field: result}) + "\n")
+        self._begin = ""
+
+
+def source_of_kernels() -> str:
+    """A name for what is measured: the kernels' sources and the compiler's version."""
+    import jaxlib
+
+    text = "".join(
+        (ROOT / "kernels" / "ferrum_kernels" / f"triton_{n}.py").read_text("utf-8") for n in ("matmul", "route")
+    )
+    return hashlib.sha256((jaxlib.__version__ + text).encode()).hexdigest()[:12]
+
+
+def left(cases: Sequence[Case], log: Log) -> list[Case]:
+    """Cases that the log has no result of."""
+    return [case for case in cases if case.key not in log.results]
+
+
+def run(
+    cases: Sequence[Case],
+    log: Log,
+    lower: Callable[[Case], Callable[[], Callable[[], float | str]]],
+    *,
+    seconds: float,
+    threads: int,
+    report: Callable[[Case, float | str], None],
+) -> int:
+    """Measure what is left until time is up.
+
+    Args:
+      cases: all candidates.
+      log: results so far; gets the new ones.
+      lower: traces a case and gives the function that compiles it, which gives the one that times it.
+      seconds: start no further batch after so many.
+      threads: that compile, and a quarter of a batch.
+      report: called after each case.
+
+    Returns:
+      How many cases are still without a result.
+    """
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(threads) as pool:
+        todo = left(cases, log)
+        while todo and time.monotonic() < end:
+            batch, todo = todo[: 4 * threads], todo[4 * threads :]
+            # Tracing holds the interpreter, compiling does not. Timing starts when all of that is over, as the host
+            # must be free to queue work.
+            compiling = [pool.submit(_try, _try(lower, case)) for case in batch]
+            for case, timed in zip(batch, [future.result() for future in compiling], strict=True):
+                result = _try(timed)
+                log.add(case, result)
+                report(case, result)
+                if time.monotonic() > end:
+                    break
+    return len(left(cases, log))
+
+
+def _try(step: Any, *arguments: Any) -> Any:
+    """What a step gives; a text where it, or the step that should have made it, failed: that is a result, too."""
+    if isinstance(step, str):
+        return step
+    try:
+        return step(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+
+
+def timer(options: argparse.Namespace, d: int, f: int, experts: int) -> Callable[[Case], Any]:
+    """Lowers a case; see `run`. Times are microseconds per kernel."""
+    import gpu_table
+    import tune_device
+
+    bench = tune_device.Bench(d, f, experts, options.layers)
+
+    def lower(case: Case) -> Callable[[], Callable[[], float | str]]:
+        program = bench.program(case)
+        lowered = program.lower()
+
+        def compile_it() -> Callable[[], float | str]:
+            compiled = lowered.compile()
+
+            def timed() -> float | str:
+                results = [compiled(program.memory(), *program.arguments)]
+                if (error := program.error(results[0])) > tune_device.LARGEST_ERROR:
+                    return f"relative error {error:.1e}"
+
+                def again(*arguments: Any) -> Any:
+                    results[0] = compiled(results[0], *arguments)
+                    return results[0]
+
+                took = gpu_table.times(again, program.arguments, options.repeats, tune_device.SECONDS)
+                return statistics.median(took) * 1e6 / program.kernels
+
+            return timed
+
+        return compile_it
+
+    return lower
+
+
+def make_table(
+    options: argparse.Namespace, config: Any, cases: Sequence[Case], log: Log, device: str, old: dict[str, Any]
+) -> dict[str, Any]:
+    """The table of a device; parts that were not asked for are the old table's."""
+    d, f, experts = config
+    table = {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "shapes": f"{options.config.stem}: {experts} experts of {d} x {2 * f} and {f} x {d}, 4 bits, groups of 128",
+        "note": NOTE,
+        "experts": cases_of.expert_rows(cases, log.results, options.loads, experts) or old.get("experts", []),
+        "rows": cases_of.row_rows(cases, log.results, options.rows) or old.get("rows", []),
+    }
+    return table
+
+
+def file_of(device_kind: str) -> Path:
+    """The file of a kind of device: its family's where there is one.
+
+    >>> file_of("NVIDIA H100 80GB HBM3").name
+    'nvidia-h100.json'
+    """
+    kind = device_kind.lower().replace(" ", "-")
+    family = max((file.stem for file in TUNED.glob("*.json") if kind.startswith(file.stem)), key=len, default=kind)
+    return TUNED / f"{family}.json"
+
+
+def text_of(table: dict[str, Any]) -> str:
+    """A table for people."""
+    lines = [f"{table['device']}, {table['shapes']}"]
+    for entry in table["experts"]:
+        us = " ".join(f"{t:8.1f}" for t in entry.get("microseconds", []))
+        lines.append(f"load <= {entry['load']!s:8} up {entry['up']!s:22} down {entry['down']!s:22} {us} us")
+    for entry in table["rows"]:
+        us = " ".join(f"{t:8.1f}" for t in entry.get("microseconds", []))
+        lines.append(f"rows <= {entry['load']!s:8} {entry['tile']!s:22} {us} us")
+    return "\n".join(lines)
+
+
+def progress(total: int, done: int) -> tuple[Callable[[Case, float | str], None], Callable[[], None]]:
+    """A bar where stderr is a terminal and rich is installed, else a line every ten seconds; and what ends it."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        terminal = False
+    else:
+        terminal = sys.stderr.isatty()
+    if terminal:
+        console = Console(stderr=True)
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        bar = Progress(*columns, console=console)
+        task = bar.add_task("", total=total, completed=done)
+        bar.start()
+        return lambda case, result: bar.update(task, advance=1, description=f"{case.key} {result}"), bar.stop
+    state = {"done": done, "said": time.monotonic()}
+
+    def line(case: Case, result: float | str) -> None:
+        state["done"] += 1
+        if time.monotonic() - state["said"] > 10:
+            state["said"] = time.monotonic()
+            print(f"{state['done']} of {total}: {case.key} {result}", file=sys.stderr, flush=True)
+
+    return line, lambda: None
+
+
+def numbers(kind: type) -> Callable[[str], list[Any]]:
+    """Numbers separated by commas, in order."""
+    return lambda text: sorted({kind(part) for part in text.split(",") if part})
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "configs" / "qwen3-30b-a3b.toml", help="shapes of the experts"
+    )
+    parser.add_argument(
+        "--loads", type=numbers(float), default=list(cases_of.LOADS), help="pairs per expert; empty: none"
+    )
+    parser.add_argument(
+        "--rows", type=numbers(int), default=list(cases_of.ROWS), help="rows of single products; empty: none"
+    )
+    parser.add_argument("--layers", type=int, default=8, help="matrices, or layers of experts, in rotation")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="that compile")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument("--log", type=Path, default=ROOT / ".cache" / "tune.jsonl", help="results; a later run goes on")
+    parser.add_argument("--out", type=Path, default=None, help="instead of the device's file in ferrum_kernels/tuned")
+    parser.add_argument("--near", action="store_true", help="only candidates near the entries of the present table")
+    parser.add_argument("--dry-run", action="store_true", help="list the candidates")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, choose, write."""
+    options = parse(arguments)
+    import jax
+
+    from ferrum_jax.config_file import load_toml_config
+    from ferrum_kernels import triton, triton_tiles
+
+    cfg = load_toml_config(options.config)
+    d, f, experts = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
+    cases = cases_of.expert_cases(d, f, experts, options.loads) + cases_of.row_cases(options.rows)
+    if options.near:
+        cases = cases_of.near(cases, triton_tiles.table(jax.devices()[0].device_kind), experts)
+    log = Log(options.log, source_of_kernels())
+    todo = len(left(cases, log))
+    if options.dry_run:
+        for case in cases:
+            print(case.key, log.results.get(case.key, ""))
+        print(f"{len(cases)} candidates, {todo} without a result in {options.log}", file=sys.stderr)
+        return 0
+    # One kernel after the other also in a CUDA graph: those of a program that times them do not need each other.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+    if problem := triton.unavailable():
+        print(f"error: tiles are measured on the GPU that will use them: {problem}.", file=sys.stderr)
+        print("--dry-run lists the candidates anywhere.", file=sys.stderr)
+        return 3
+    report, finish = progress(len(cases), len(cases) - todo)
+    try:
+        compile_one = timer(options, d, f, experts)
+        todo = run(cases, log, compile_one, seconds=options.budget_seconds, threads=options.threads, report=report)
+    finally:
+        finish()
+    device = jax.devices()[0].device_kind
+    out = options.out or file_of(device)
+    old = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    table = make_table(options, (d, f, experts), cases, log, device, old)
+    if todo:
+        print(f"{todo} of {len(cases)} candidates are not measured yet: run this again.", file=sys.stderr)
+        print(f"{out} is as it was.", file=sys.stderr)
+    else:
+        out.write_text(cases_of.as_text(table), "utf-8")
+        print(f"wrote {out}", file=sys.stderr)
+    print(json.dumps(table) if options.json else text_of(table))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""How tune.py runs a case: random weights and routing, the program that is timed, and whether its numbers are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpu_table import random_stack
+from tune_cases import Case
+
+from ferrum_kernels import dequantize, triton_route
+from ferrum_kernels.blocks import max_blocks
+from ferrum_kernels.tiles import TiledLinear, untile
+from ferrum_kernels.triton_matmul import Rows, product
+
+LARGEST_ERROR = 4e-3  # of a product rounded to bfloat16, against float32
+COLD = 96 * 2**20  # bytes of single matrices in rotation, about twice what a GPU's cache holds
+SAMPLES = 8  # rows that are checked
+SECONDS = 3e-3  # of work that is queued for one measurement
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is timed.
+
+    Attributes:
+      step: a traceable function whose results are lists of arrays.
+      arguments: of it.
+      kernels: how many times it runs the kernel.
+      error: of its results: the relative error of some rows of the first kernel.
+    """
+
+    step: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    kernels: int
+    error: Callable[[Any], float]
+
+    def lower(self) -> Any:
+        """`step` lowered with the memory of its results as another argument, first, which is donated.
+
+        A CUDA graph is launched as it is only where its memory lies where it did, so results go where the last call's
+        were. Otherwise the host changes every kernel of the graph at every call, which takes longer than small ones run.
+        """
+
+        def step(results: Any, *arguments: Any) -> Any:
+            return self.step(*arguments)
+
+        jitted = jax.jit(step, donate_argnums=0, keep_unused=True)
+        return jitted.lower(jax.eval_shape(self.step, *self.arguments), *self.arguments)
+
+    def memory(self) -> Any:
+        """Memory for the results; NaN, so that what is not written shows."""
+        results = jax.eval_shape(self.step, *self.arguments)
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, _nothing(leaf.dtype), leaf.dtype), results)
+
+
+class Bench:
+    """Weights and routing of the shapes that are tuned, made once on the device and shared by all cases.
+
+    Args:
+      d: hidden size.
+      f: intermediate size.
+      experts: of a layer.
+      layers: in rotation.
+      interpret: run without a GPU.
+    """
+
+    def __init__(self, d: int, f: int, experts: int, layers: int, interpret: bool = False):
+        self.experts, self.layers, self.interpret = experts, layers, interpret
+        self.stacks = {
+            "up": random_stack(1, (layers, experts), d, 2 * f, 128),
+            "down": random_stack(2, (layers, experts), f, d, 128),
+        }
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._lock = threading.RLock()
+
+    def program(self, case: Case) -> Program:
+        """The program of a case; safe to call in threads."""
+        make = {"place": self._place, "rows": self._rows}.get(case.product, self._experts)
+        return make(case)
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+    def _ids(self, pairs: int) -> list[np.ndarray]:
+        """Routing of each call; few pairs are called often, so that starting a program costs little of the time."""
+        calls = self.layers * (4 if pairs <= 512 else 1)
+        return self._once(("ids", pairs), lambda: [routing(i, pairs, self.experts) for i in range(calls)])
+
+    def _tables(self, pairs: int, block: int) -> list[tuple[jax.Array, ...]]:
+        def make() -> list[tuple[jax.Array, ...]]:
+            blocks = max_blocks(pairs, self.experts, block) if block else pairs
+            ids = self._ids(pairs)
+            tables = [places(one, self.experts, block, blocks) if block else (one,) for one in ids]
+            return [tuple(map(jnp.asarray, table)) for table in tables]
+
+        return self._once(("tables", pairs, block), make)
+
+    def _inputs(self, case: Case) -> list[tuple[jax.Array, jax.Array | None]]:
+        """Each call's activations, and for down the weight of each pair."""
+        gated, pairs = case.product == "up", case.load
+        rows = pairs // tokens_share(pairs, self.experts) if gated else pairs
+
+        def make() -> list[tuple[jax.Array, jax.Array | None]]:
+            keys = jax.random.split(jax.random.key(pairs), len(self._ids(pairs)))
+            x = [jax.random.normal(key, (rows, case.k), jnp.bfloat16) for key in keys]
+            return [
+                (one, None if gated else jax.random.uniform(key, (pairs,))) for key, one in zip(keys, x, strict=True)
+            ]
+
+        return self._once(("inputs", case.product, pairs), make)
+
+    def _experts(self, case: Case) -> Program:
+        block, pairs, gated = case.cut[0], case.load, case.product == "up"
+        stack = self.stacks[case.product]
+        blocks = max_blocks(pairs, self.experts, block) if block else pairs
+        share = tokens_share(pairs, self.experts)
+        calls = list(zip(self._inputs(case), self._tables(pairs, block), strict=True))
+
+        # One trace for all layers: only the number differs.
+        @jax.jit
+        def one(x: jax.Array, weights: Any, tables: Any, layer: jax.Array, w: TiledLinear) -> jax.Array:
+            expert, *rest = tables
+            starts, counts, order = rest or (None, None, None)
+            per_row = share if gated else 0  # down reads the rows that gate and up have written by place
+            rows = Rows(block or 1, expert, starts, counts, order, pairs_per_row=per_row, by_pair=not gated)
+            dtype = jnp.bfloat16 if gated or pairs >= 4096 else jnp.float32
+            how = {"gated": gated, "weights": weights, "interpret": self.interpret}
+            return product(x, w, layer, rows, blocks, pairs, case.tile, dtype, **how)
+
+        def step(calls: list[Any], w: TiledLinear) -> list[jax.Array]:
+            return [one(*inputs, tables, jnp.int32(i % self.layers), w) for i, (inputs, tables) in enumerate(calls)]
+
+        def error(results: list[jax.Array]) -> float:
+            rows, expected = self._once(("expected", case.product, pairs, bool(block)), lambda: self._expected(case))
+            return relative(results[0][rows], expected)
+
+        return Program(step, (calls, stack), len(calls), error)
+
+    def _expected(self, case: Case) -> tuple[np.ndarray, jax.Array]:
+        """Some rows of the first call's result, and what they are in float32."""
+        pairs, gated = case.load, case.product == "up"
+        (x, weights), *_ = self._inputs(case)
+        ids = self._ids(pairs)[0]
+        order = np.argsort(ids, kind="stable") if case.cut[0] else np.arange(pairs)
+        place = np.random.default_rng(0).permutation(pairs)[:SAMPLES]
+        pair = order[place]
+        stack = self.stacks[case.product]
+        dense = dequantize(untile(jax.tree.map(lambda leaf: leaf[0][ids[pair]], stack)), jnp.float32)
+        source = x[pair // tokens_share(pairs, self.experts) if gated else place].astype(jnp.float32)
+        y = jnp.einsum("pk,pkn->pn", source, dense, precision="highest")
+        if weights is None:
+            gate, up = jnp.split(y, 2, axis=-1)
+            return place, jax.nn.silu(gate) * up
+        return pair, y * weights[pair][:, None]
+
+    def _rows(self, case: Case) -> Program:
+        block, m, k, n = case.cut[0], case.load, case.k, case.n
+
+        def make() -> tuple[TiledLinear, jax.Array, np.ndarray, jax.Array]:
+            # A small matrix is called often, and no call may find it in the cache.
+            w = random_stack(3, (min(64, max(self.layers, COLD // (k * n // 2))),), k, n, 128)
+            x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
+            rows = np.random.default_rng(0).permutation(m)[:SAMPLES]
+            dense = dequantize(untile(w[0]), jnp.float32)
+            return w, x, rows, jnp.matmul(x[rows].astype(jnp.float32), dense, precision="highest")
+
+        w, x, rows, expected = self._once(("rows", m, k, n), make)
+
+        @jax.jit
+        def one(x: jax.Array, layer: jax.Array, w: TiledLinear) -> jax.Array:
+            rows = Rows(block)
+            return product(x, w, layer, rows, -(-m // block), m, case.tile, jnp.bfloat16, interpret=self.interpret)
+
+        def step(x: jax.Array, w: TiledLinear) -> list[jax.Array]:
+            return [one(x, jnp.int32(i), w) for i in range(w.lead[0])]
+
+        return Program(step, (x, w), w.lead[0], lambda results: relative(results[0][rows], expected))
+
+    def _place(self, case: Case) -> Program:
+        [block], pairs = case.cut, case.load
+        blocks = max_blocks(pairs, self.experts, block)
+        ids = [jnp.asarray(one).reshape(-1, tokens_share(pairs, self.experts)) for one in self._ids(pairs)]
+        calls = [(live, triton_route.count(live, self.experts)) for live in ids]
+
+        @jax.jit
+        def one(live: jax.Array, counts: jax.Array) -> Any:
+            return triton_route.place(live, counts, self.experts, block, blocks, self.interpret)
+
+        def error(results: Any) -> float:
+            order, *tables = map(np.asarray, results[0])
+            *expected, pair = map(np.asarray, self._tables(pairs, block)[0])
+            used = expected[0] < self.experts  # the rest of the table only has to name nobody
+            same = [(a[used] == b[used]).all() for a, b in zip(tables, expected, strict=True)]
+            return 0.0 if all(same) and (order == pair).all() and (tables[0] == expected[0]).all() else float("inf")
+
+        return Program(lambda calls: [one(*call) for call in calls], (calls,), len(calls), error)
+
+
+def _nothing(dtype: Any) -> Any:
+    return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else -1
+
+
+def tokens_share(pairs: int, experts: int) -> int:
+    """Experts of a token: the most up to eight that divide the pairs."""
+    return max(k for k in range(1, 9) if pairs % k == 0 and k <= experts)
+
+
+def routing(seed: int, pairs: int, experts: int) -> np.ndarray:
+    """int32 [P]: each token chooses different experts at random."""
+    share = tokens_share(pairs, experts)
+    scores = np.random.default_rng(seed).random((pairs // share, experts))
+    return np.argsort(scores, axis=1)[:, :share].astype(np.int32).reshape(-1)
+
+
+def places(ids: np.ndarray, experts: int, block: int, blocks: int) -> tuple[np.ndarray, ...]:
+    """int32 [blocks] expert, first place and number of places of each block, and int32 [P] the pair at each place."""
+    counts = np.bincount(ids, minlength=experts)
+    needed = -(-counts // block)
+    inside = np.concatenate([np.arange(n) for n in needed]) * block
+    expert = np.repeat(np.arange(experts), needed)
+    starts = (np.cumsum(counts) - counts)[expert] + inside
+    sizes = np.minimum(counts[expert] - inside, block)
+    spare = (0, blocks - len(expert))
+    return (
+        np.pad(expert, spare, constant_values=experts).astype(np.int32),
+        np.pad(starts, spare).astype(np.int32),
+        np.pad(sizes, spare).astype(np.int32),
+        np.argsort(ids, kind="stable").astype(np.int32),
+    )
+
+
+@jax.jit
+def _relative(actual: jax.Array, expected: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(actual.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+
+
+def relative(actual: jax.Array, expected: jax.Array) -> float:
+    """||actual - expected|| / ||expected||; infinite where it is not a number."""
+    error = float(_relative(actual, expected))
+    return error if error == error else float("inf")

@@ -1,0 +1,232 @@
+"""The sweep of `ferrum-jax bench`: its rows, their floors, what does not fit, and one report against another."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.cli import bench_compare, bench_roofline, bench_sweep, main
+from ferrum_jax.cli.bench_roofline import Ceilings, ceilings, decode_bytes, experts_touched, prefill_flops
+from ferrum_jax.cli.bench_sweep import gaps_of
+from ferrum_jax.params import num_bytes
+from tests.cli.test_bench import TOML
+
+SWEEP = ("--batch", "1,2", "--context", "8,20", "--prefill", "5,40", "--new-tokens", "6", "--repeats", "2")
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("sizes") / "sizes.toml"
+    path.write_text(TOML)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def report(sizes: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """(file of a sweep, its content)."""
+    path = tmp_path_factory.mktemp("report") / "old.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_roofline, "KNOWN", {"cpu": (1e9, 1e12)})
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main(["bench", "--synthetic", sizes, *SWEEP, "--json", "--dtype", "float32"]) == 0
+    path.write_text(out.getvalue())
+    return str(path), json.loads(out.getvalue())
+
+
+def test_a_row_for_every_batch_and_context_and_one_for_every_prompt(report: tuple[str, dict[str, Any]]) -> None:
+    _, found = report
+    assert [(row["context"], row["batch"]) for row in found["decode"]] == [(8, 1), (8, 2), (20, 1), (20, 2)]
+    assert [row["prompt_tokens"] for row in found["prefill"]] == [5, 40]
+    for row in found["decode"] + found["prefill"]:
+        assert row["fits"] and 0 < row["min"] <= row["tokens_per_second"] <= row["max"]
+        assert row["first_token_seconds"] > 0 and row["temporary_bytes"] > 0 and row["peak_memory_bytes"] > 0
+    cold, warm = (
+        sum(row[f"compile_seconds_{state}"] for row in found["decode"] + found["prefill"]) for state in ("cold", "warm")
+    )
+    assert cold > warm > 0
+    for row in found["decode"]:
+        assert 0 < row["inter_token_p50_seconds"] <= row["inter_token_p99_seconds"]
+        least = (row["weight_bytes"] + row["live_cache_bytes"]) / 1e9
+        assert row["roofline_tokens_per_second"] == pytest.approx(row["batch"] / least)
+        assert row["roofline_fraction"] == pytest.approx(row["tokens_per_second"] * least / row["batch"])
+    for row in found["prefill"]:
+        assert row["roofline_fraction"] == pytest.approx(row["flops"] / 1e12 / row["first_token_seconds"])
+    assert found["ceilings"] == {"bytes_per_second": 1e9, "flops_per_second": 1e12, "source": "known"}
+    assert found["experts_touched"] == "expected of equal chances" and found["layers"] == 3
+
+
+def test_text_for_people_and_a_comparison(
+    sizes: str, report: tuple[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = report
+    arguments = ["--context", "8", "--new-tokens", "6", "--prefill", "6", "--repeats", "1", "--dtype", "bfloat16"]
+    assert main(["bench", "--synthetic", sizes, *arguments, "--compare", path]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"decode\nbatch +context +tok/s +p50 ms +p99 ms +of roofline +cache +compile s +warm s\n", out)
+    assert re.search(r"prefill\nprompt_tokens +tok/s +first token ms", out)
+    assert f"new over {path}\nnot alike: dtype was float32, is bfloat16\n" in out
+    assert re.search(r"\ndecode 1 x 8 +\d+\.\d\dx ", out)
+    assert "only in the new report: prefill 6\n" in out and "only in the old one: decode 2 x 8, decode 1 x 20" in out
+    assert "\nroofline" not in out  # not known on a CPU
+
+
+def test_a_report_against_itself_has_ratios_of_one(report: tuple[str, dict[str, Any]]) -> None:
+    path, found = report
+    compared = bench_compare.compare(found, bench_compare.read_report(path))
+    assert (compared["only_new"], compared["only_old"], compared["differences"]) == ([], [], {})
+    ratios = [ratio for row in compared["rows"] for ratio in row["ratios"].values()]
+    assert len(ratios) > 20 and set(ratios) == {1.0}
+    doubled = json.loads(json.dumps(found))
+    doubled["decode"][1]["tokens_per_second"] *= 2
+    rows = {row["row"]: row["ratios"] for row in bench_compare.compare(doubled, found)["rows"]}
+    assert rows["decode 2 x 8"]["tokens_per_second"] == 2 and rows["decode 1 x 8"]["tokens_per_second"] == 1
+
+
+def test_one_shape_is_compared_too(sizes: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["bench", "--synthetic", sizes, "--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "1", "--json"]
+    assert main(run) == 0
+    (tmp_path / "one.json").write_text(capsys.readouterr().out)
+    assert main([*run, "--compare", str(tmp_path / "one.json")]) == 0
+    rows = {row["row"]: row["ratios"] for row in json.loads(capsys.readouterr().out)["compare"]["rows"]}
+    assert rows["parameter_bytes"] == {"parameter_bytes": 1.0}
+    assert rows["decode, layers 3 prompt_tokens 4 new_tokens 3 batch 1"]["tokens_per_second"] > 0
+
+
+def test_rows_that_do_not_fit_say_so_and_the_others_are_measured(
+    sizes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = 2 * 3 * 64 * 16 * 2 * 4 + 8  # keys and values of two rows of 64 tokens
+    real = bench_sweep._check_cache
+
+    def small(model: fj.Model, batch: int, slots: int) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr("ferrum_jax.environment.free_memory", lambda: held)
+            return real(model, batch, slots)
+
+    monkeypatch.setattr(bench_sweep, "_check_cache", small)
+    arguments = ["--batch", "2,3", "--context", "8", "--new-tokens", "4", "--repeats", "1", "--dtype", "float32"]
+    assert main(["bench", "--synthetic", sizes, *arguments, "--json"]) == 0
+    fits, too_large = json.loads(capsys.readouterr().out)["decode"]
+    assert fits["fits"] and fits["cache_bytes"] == held
+    assert too_large == {
+        "batch": 3,
+        "context": 8,
+        "fits": False,
+        "cache_bytes": (held - 8) // 2 * 3 + 12,
+        "free_bytes": held,
+    }
+    assert main(["bench", "--synthetic", sizes, *arguments]) == 0
+    assert "decode 3 x 8: does not fit: its cache takes 72.0 KiB, 48.0 KiB are free" in capsys.readouterr().out
+
+
+def test_a_device_that_runs_out_of_memory_is_a_row_and_other_errors_are_errors(
+    sizes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(words: str) -> Any:
+        def timed(*arguments: Any) -> Any:
+            raise jax.errors.JaxRuntimeError(words)
+
+        return timed
+
+    arguments = ["bench", "--synthetic", sizes, "--prefill", "4", "--repeats", "1"]
+    monkeypatch.setattr(bench_sweep, "_timed", broken("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."))
+    assert main(arguments) == 0
+    assert "prefill 4: does not fit: RESOURCE_EXHAUSTED: Out of memory" in capsys.readouterr().out
+    monkeypatch.setattr(bench_sweep, "_timed", broken("INTERNAL: the bus"))
+    assert main(arguments) == 1 or "INTERNAL: the bus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--batch", "1,x"], 2, "--batch is 1,x; give positive numbers with commas between them, such as 1,16,64"),
+        (["--batch", "0"], 2, "--batch is 0; give positive numbers"),
+        (["--context", "8,"], 2, "--context is 8,; give positive numbers"),
+        (["--prefill", "-3"], 2, "--prefill is -3; give positive numbers"),
+        (
+            ["--context", "8", "--new-tokens", "16"],
+            2,
+            "--context is 8; a decode of 16 new tokens around it begins 8 before",
+        ),
+        (["--context", "60", "--new-tokens", "16"], 1, "--context 60 with 16 new tokens reaches 68; .* context is 64"),
+        (["--prefill", "63"], 1, "--prefill 63 and 2 new tokens need a context of 65; this model's is 64"),
+        (["--compare", "absent.json"], 2, r"--compare absent.json cannot be read \(No such file"),
+    ],
+)
+def test_what_is_refused(
+    sizes: str, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert main(["bench", "--synthetic", sizes, *arguments]) == code
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[", "is no JSON"), ("{}", "is no report of bench")])
+def test_files_that_are_no_reports(tmp_path: Any, sizes: str, capsys: Any, text: str, message: str) -> None:
+    (tmp_path / "old.json").write_text(text)
+    assert main(["bench", "--synthetic", sizes, "--compare", str(tmp_path / "old.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_users_compile_cache_is_left_as_it_was() -> None:
+    before = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")}
+    with bench_sweep.own_compile_cache():
+        assert jax.config.values["jax_compilation_cache_dir"] != before["jax_compilation_cache_dir"]
+    assert {name: jax.config.values[name] for name in before} == before
+
+
+def test_tokens_of_one_dispatch_share_the_wait_for_it() -> None:
+    assert gaps_of([0, 1, 2, 4]) == [1, 1, 2]
+    assert gaps_of([0, 8, 8.1, 8.2, 8.3, 16.3]) == [2, 2, 2, 2, 8.3]
+    assert gaps_of([5]) == []
+
+
+def test_bytes_of_a_step_are_those_of_the_leaves_it_reads() -> None:
+    model = fj.load("demo", quiet=True, weight_cache=False)
+    cfg, params = model.cfg, model.params
+    experts = sum(num_bytes(run["moe"]["experts"]) for run in params["layers"])
+    rest = num_bytes(params) - experts
+    one = decode_bytes(cfg, params, 1, 100)
+    assert one["weights"] == pytest.approx(rest + experts * cfg.top_k / cfg.num_experts)  # tied: all of the embedding
+    assert one["cache"] == 100 * num_bytes(jax.eval_shape(lambda: fj.init_cache(cfg, 1, 1))) - 400
+    assert decode_bytes(cfg, params, 10**6, 1)["weights"] == pytest.approx(rest + experts)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_experts_touched_are_those_that_equal_chances_touch(tokens: int) -> None:
+    cfg = fj.load("demo", quiet=True, weight_cache=False).cfg
+    rng = np.random.default_rng(0)
+    counts = [
+        len(np.unique([rng.permutation(cfg.num_experts)[: cfg.top_k] for _ in range(tokens)])) for _ in range(2000)
+    ]
+    assert experts_touched(cfg, tokens) == pytest.approx(np.mean(counts), rel=0.02)
+
+
+def test_operations_of_a_prompt() -> None:
+    cfg = fj.load("demo", quiet=True, weight_cache=False).cfg
+    d, f, k, h = cfg.hidden_size, cfg.moe_intermediate_size, cfg.top_k, cfg.head_dim
+    projections = d * h * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
+    layer = projections + 3 * k * d * f + d * cfg.num_experts
+    attention = sum(4 * cfg.num_heads * h * (i + 1) for i in range(7))
+    expected = cfg.num_layers * (2 * 7 * layer + attention) + 2 * d * cfg.vocab_size
+    assert prefill_flops(cfg, 7) == expected
+
+
+def test_a_cpu_has_no_ceiling_and_an_unknown_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ceilings() == Ceilings(None, None, None)
+    assert bench_roofline._measured_bandwidth(2**16, 1) > 0
+    device = SimpleNamespace(device_kind="NVIDIA A100", platform="gpu")
+    monkeypatch.setattr(bench_roofline, "_measured_bandwidth", lambda: 1.5e12)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert ceilings() == Ceilings(1.5e12, None, "measured")
+    device.device_kind = "NVIDIA H200"
+    assert ceilings() == Ceilings(4.65e12, 790e12, "known")

@@ -1,0 +1,228 @@
+"""kernels/bench/tune.py: candidates that run, a log that survives being cut off, and the choice made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import jax
+import pytest
+
+from ferrum_kernels import triton_tiles
+from ferrum_kernels.triton_tiles import fit
+from tests.support.bench_scripts import script
+from tests.support.triton_cases import ignore_deprecation
+
+tune, tune_cases, tune_device = script("tune"), script("tune_cases"), script("tune_device")
+Case = tune_cases.Case
+LOADS = [0.25, 1.0, 4.0]
+CASES = tune_cases.expert_cases(256, 128, 8, LOADS) + tune_cases.row_cases([1, 64], [(256, 128)])
+
+
+@pytest.fixture(autouse=True)
+def flags_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # tune.py adds to it
+
+
+def fill(log, cases=CASES, microseconds=lambda case: float(sum(case.cut))):
+    for case in cases:
+        log.add(case, microseconds(case))
+
+
+def test_candidates_divide_their_weights_and_differ():
+    cases = tune_cases.expert_cases(2048, 768, 128, tune_cases.LOADS) + tune_cases.row_cases(tune_cases.ROWS)
+    assert len({case.key for case in cases}) == len(cases)
+    for case in cases:
+        if case.product != "place":
+            columns = case.n // 2 if case.product == "up" else case.n
+            assert fit(case.tile, columns, case.k // 128) == case.tile
+            assert case.tile == triton_tiles._tile(list(case.cut))[1]  # what the kernels make of an entry
+    for load in tune_cases.LOADS:  # every load can be served
+        here = {case.product for case in cases if case.load == round(load * 128)}
+        assert here >= {"up", "down"}
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path):
+    path = tmp_path / "log.jsonl"
+    tune.Log(path, "a").add(CASES[0], 1.5)
+    with path.open("a") as file:
+        file.write(json.dumps({"source": "a", "key": CASES[1].key, "microseconds": 2.5})[:-7])  # cut off
+    log = tune.Log(path, "a")
+    assert log.results == {CASES[0].key: 1.5}
+    log.add(CASES[1], "XlaRuntimeError: too much shared memory")
+    again = tune.Log(path, "a")
+    assert again.results == {CASES[0].key: 1.5, CASES[1].key: "XlaRuntimeError: too much shared memory"}
+    assert tune.left(CASES[:3], again) == [CASES[2]]
+    assert tune.left(CASES[:3], tune.Log(path, "other kernels")) == CASES[:3]
+
+
+def test_a_run_measures_what_is_left_and_stops_in_time(tmp_path):
+    log, seen = tune.Log(tmp_path / "log.jsonl", "a"), []
+    log.add(CASES[0], 1.0)
+
+    def lower(case):
+        if case == CASES[1]:
+            raise RuntimeError("no such tile")
+
+        def compile_it():
+            if case == CASES[2]:
+                raise MemoryError("out of shared memory")
+            return lambda: 3.0
+
+        return compile_it
+
+    def run(seconds):
+        report = lambda case, result: seen.append((case, result))  # noqa: E731
+        return tune.run(CASES[:4], log, lower, seconds=seconds, threads=2, report=report)
+
+    assert run(seconds=0) == 3
+    assert seen == []
+    assert run(seconds=60) == 0
+    failed = ["RuntimeError: no such tile", "MemoryError: out of shared memory"]
+    assert seen == list(zip(CASES[1:4], [*failed, 3.0], strict=True))
+
+
+def test_the_fastest_is_chosen_and_ties_go_to_the_smaller():
+    up = [case for case in CASES if case.product == "up" and case.load == 32]
+    results: dict[str, Any] = {case.key: 5.0 for case in up}
+    assert tune_cases.best(up[::-1], results) == (min(up, key=lambda case: case.cut), 5.0)
+    results[up[3].key], results[up[4].key] = 4.02, 4.01  # the same to a tenth
+    assert tune_cases.best(up, results)[0] == min(up[3:5], key=lambda case: case.cut)
+    results[up[3].key] = results[up[4].key] = "relative error 1.0"
+    assert tune_cases.best(up, results)[1] == 5.0
+    assert tune_cases.best(up, {}) is None
+
+
+def test_the_kernel_that_places_pairs_counts():
+    results = {case.key: 9.0 if case.cut[0] else 10.0 for case in CASES if case.load == 2 and case.product != "rows"}
+    [entry] = tune_cases.expert_rows(CASES, results, [0.25], 8)
+    assert (entry["up"][0], entry["down"][0], entry["microseconds"]) == (0, 0, [10.0, 10.0, 0.0])
+    results = {key: 1.0 if key.startswith("place") else time for key, time in results.items()}
+    [entry] = tune_cases.expert_rows(CASES, results, [0.25], 8)
+    assert entry["up"][0] > 0 and entry["down"][0] > 0
+    assert entry["microseconds"] == [9.0, 9.0, 1.0]
+
+
+def test_rows_take_the_cut_that_suits_all_shapes():
+    cases = tune_cases.row_cases([64], [(256, 128), (256, 64)])
+    one, other, middle = cases[0].cut, cases[1].cut, cases[2].cut
+    times = {(128, one): 1.0, (64, one): 9.0, (128, other): 9.0, (64, other): 1.0}
+    results = {case.key: times.get((case.n, case.cut), 2.0 if case.cut == middle else 20.0) for case in cases}
+    [entry] = tune_cases.row_rows(cases, results, [64])
+    assert entry == {"load": None, "tile": list(middle), "microseconds": [2.0, 2.0]}
+
+
+def test_the_table_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch, capsys):
+    out, log = tmp_path / "nvidia-imaginary.json", tmp_path / "log.jsonl"
+    config = tmp_path / "small.toml"
+    config.write_text("")
+    options = tune.parse(["--config", str(config), "--loads", "0.25,1,4", "--rows", "1,64"])
+    results = tune.Log(log, "a")
+    fill(results)
+    table = tune.make_table(options, (256, 128, 8), CASES, results, "NVIDIA Imaginary", {})
+    out.write_text(tune_cases.as_text(table))
+    assert [entry["load"] for entry in table["experts"]] == [0.5, 2.0, None]
+    assert [entry["load"] for entry in table["rows"]] == [8.0, None]
+    monkeypatch.setattr(triton_tiles, "FOLDER", tmp_path)
+    triton_tiles.table.cache_clear()
+    try:
+        assert triton_tiles.table("NVIDIA Imaginary 9") == table
+        assert json.loads(out.read_text()) == table
+    finally:
+        triton_tiles.table.cache_clear()
+    assert f"load <= {'None':8} up {table['experts'][-1]['up']}" in tune.text_of(table)
+    # What was not measured stays as it was.
+    old = {"experts": [{"load": None}], "rows": [{"load": 5}]}
+    kept = tune.make_table(options, (256, 128, 8), CASES, tune.Log(tmp_path / "none", "a"), "NVIDIA Imaginary", old)
+    assert (kept["experts"], kept["rows"]) == (old["experts"], old["rows"])
+
+
+def test_near_candidates_are_the_present_entry_and_its_neighbours():
+    table = json.loads((tune.TUNED / "nvidia-h100.json").read_text())
+    cases = tune_cases.expert_cases(2048, 768, 128, tune_cases.LOADS) + tune_cases.row_cases(tune_cases.ROWS)
+    few = tune_cases.near(cases, table, 128)
+    assert {case.load for case in few} == {case.load for case in cases}
+    assert len(few) < len(cases) / 2
+    for case in few:
+        load = case.load / 128 if case.product in ("up", "down") else case.load
+        rows = table["rows" if case.product == "rows" else "experts"]
+        [entry, *_] = [row for row in rows if row["load"] is None or load <= row["load"]]
+        if case.product != "place":
+            tile = entry["tile" if case.product == "rows" else case.product]
+            assert sum(a != b for a, b in zip(case.cut, tile, strict=True)) <= 2
+
+
+def test_the_shipped_table_is_in_the_form_that_is_written():
+    for path in tune.TUNED.glob("*.json"):
+        assert tune_cases.as_text(json.loads(path.read_text())) == path.read_text(), path.name
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="what is said without a GPU")
+def test_without_a_gpu_it_says_what_is_needed(tmp_path, capsys):
+    arguments = ["--loads", "1", "--rows", "", "--log", str(tmp_path / "log.jsonl")]
+    assert tune.main(arguments) == 3
+    assert capsys.readouterr().err == (
+        "error: tiles are measured on the GPU that will use them: it needs an NVIDIA GPU; the default device is 'cpu' "
+        "of platform 'cpu'.\n--dry-run lists the candidates anywhere.\n"
+    )
+    assert tune.main([*arguments, "--dry-run"]) == 0
+    text = capsys.readouterr()
+    assert text.out.splitlines()[0].startswith("up 2048x1536 128 8,")
+    assert f"{len(text.out.splitlines())} candidates, " in text.err
+    assert not list(tmp_path.iterdir())
+
+
+@ignore_deprecation
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the Triton kernels need jax 0.10.2")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("up", 256, 256, 8, (0, 64, 1, 2, 2)),
+        Case("up", 256, 256, 24, (8, 64, 4, 3, 1)),
+        Case("down", 128, 256, 8, (0, 64, 4, 2, 1)),
+        Case("down", 128, 256, 24, (8, 64, 4, 2, 1)),
+        Case("place", 8, 0, 24, (8,)),
+        Case("rows", 256, 64, 3, (8, 64, 4, 2, 2)),
+    ],
+    ids=lambda case: case.key,
+)
+def test_what_is_timed_is_right(case, bench):
+    program = bench.program(case)
+    memory = program.memory()
+    assert not program.error(memory) < tune_device.LARGEST_ERROR
+    results = program.lower().compile()(memory, *program.arguments)
+    assert len(results) == program.kernels
+    assert program.error(results) < tune_device.LARGEST_ERROR
+    spoilt = jax.tree.map(lambda leaf: leaf * 0 + 1, results)
+    assert program.error(spoilt) > tune_device.LARGEST_ERROR
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return tune_device.Bench(256, 128, experts=8, layers=1, interpret=True)
+
+
+def test_a_whole_run(tmp_path, monkeypatch, capsys):
+    from ferrum_kernels import triton
+
+    def fake_timer(options, d, f, experts):
+        return lambda case: lambda: lambda: 100.0 / (case.cut[0] + 1) + case.cut[-1]
+
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(tune, "timer", fake_timer)
+    out, log = tmp_path / "table.json", str(tmp_path / "log.jsonl")
+    arguments = ["--loads", "1,64", "--rows", "8", "--out", str(out), "--log", log, "--threads", "2"]
+    assert tune.main([*arguments, "--budget-seconds", "0"]) == 0
+    assert "candidates are not measured yet: run this again.\n" in capsys.readouterr().err
+    assert not out.exists()
+    assert tune.main([*arguments, "--json"]) == 0
+    text = capsys.readouterr()
+    assert f"wrote {out}" in text.err
+    table = json.loads(text.out)
+    assert table == json.loads(out.read_text())
+    # The largest block, and the smallest cut of those that are as fast.
+    assert [entry["up"][0] for entry in table["experts"]] == [16, 128]
+    assert table["rows"] == [{"load": None, "tile": [8, 16, 1, 3, 1], "microseconds": [12.1, 12.1, 12.1]}]
+    assert tune.main([*arguments, "--dry-run"]) == 0
+    assert " 0 without a result" in capsys.readouterr().err
