@@ -30,10 +30,9 @@ from ferrum_jax.engine_steps import (
 )
 from ferrum_jax.environment import free_memory
 from ferrum_jax.errors import ConfigError, RequestError
-from ferrum_jax.generation import Prompt, Stats, Step
 from ferrum_jax.paged import PAGE
 from ferrum_jax.params import num_bytes
-from ferrum_jax.requests import Answer, limit_of, request_of, seeded, token_ids
+from ferrum_jax.requests import Answer, Prompt, Stats, Step, limit_of, request_of, seeded, token_ids
 from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler
 from ferrum_jax.schedule import Schedule, Sequence
 

@@ -21,66 +21,14 @@ from ferrum_jax.budget import check_cache
 from ferrum_jax.cache import init_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.errors import BackendError, CapacityError, RequestError
+from ferrum_jax.requests import Answer, request_of, token_ids
+from ferrum_jax.requests import Prompt as Prompt
+from ferrum_jax.requests import Stats as Stats
+from ferrum_jax.requests import Step as Step
 from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler
 from ferrum_jax.steps import Ahead, going
 from ferrum_jax.steps import Steps as Steps
 from ferrum_jax.steps import steps_for as steps_for
-from ferrum_jax.stopping import StopText
-
-Prompt = str | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stats:
-    """Counts and times of one request so far.
-
-    Attributes:
-      prompt_tokens: tokens read.
-      generated_tokens: tokens sampled, the end-of-text token included.
-      first_token_seconds: from the call to the first token, compilation left out.
-      decode_seconds: from the first token to the latest, compilation left out.
-      compile_seconds: spent on compiling, or on reading compiled programs from disk.
-    """
-
-    prompt_tokens: int
-    generated_tokens: int
-    first_token_seconds: float
-    decode_seconds: float
-    compile_seconds: float
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens over the time to the first token."""
-        return self.prompt_tokens / max(self.first_token_seconds, 1e-9)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens after the first over their time; 0.0 before there are any."""
-        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
-    """One token of one row.
-
-    Attributes:
-      text: what became certain with this token; empty while a character or a possible stop string is incomplete.
-      token: its id.
-      logprob: its log-probability under the model's own distribution.
-      finish_reason: None while going on, "stop" (end of text, stop id or stop string), "length" (max_tokens or the
-        context is full) or "nonfinite_logits" (the model broke; this row's last token means nothing).
-      stats: counts and times.
-      top_logprobs: (id, log-probability) of the best alternatives, as many as SamplingParams.logprobs asks for.
-      row: index of the prompt in the batch.
-    """
-
-    text: str
-    token: int
-    logprob: float
-    finish_reason: str | None
-    stats: Stats
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    row: int = 0
 
 
 def stream_generate(
@@ -112,7 +60,7 @@ def stream_generate(
     >>> len(steps), steps[-1].finish_reason
     (3, 'length')
     """
-    request = _request(sampling, options)
+    request = request_of(sampling, options)
     # Checked here, not at the first next(): an error belongs to the call that caused it.
     batch = _Batch.start(model, [prompt], [request], buckets or Buckets())
     return batch.steps()
@@ -148,7 +96,7 @@ def stream_batch(
             raise RequestError("give sampling values either as SamplingParams per prompt or as keywords, not both.")
         requests = list(sampling)
     else:
-        requests = [_request(sampling, options)] * len(prompts)
+        requests = [request_of(sampling, options)] * len(prompts)
     return _Batch.start(model, prompts, requests, buckets or Buckets()).steps()
 
 
@@ -194,15 +142,6 @@ def generate(
     return texts[0] if isinstance(prompts, str) else texts
 
 
-def _request(sampling: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
-    if sampling is not None and options:
-        raise RequestError("give sampling values either as SamplingParams or as keywords, not both.")
-    known = {field.name for field in dataclasses.fields(SamplingParams)}
-    if unknown := sorted(options.keys() - known):
-        raise RequestError(f"{unknown[0]!r} is not a sampling value; accepted are {', '.join(sorted(known))}.")
-    return sampling or SamplingParams(**options)
-
-
 @dataclasses.dataclass
 class _Batch:
     """One run of the host loop; the only mutable thing here."""
@@ -218,7 +157,7 @@ class _Batch:
     def start(model: Model, prompts: Sequence[Prompt], requests: list[SamplingParams], buckets: Buckets) -> _Batch:
         if len(requests) != len(prompts):
             raise RequestError(f"there are {len(prompts)} prompts and {len(requests)} SamplingParams; give one each.")
-        ids = [_token_ids(model, prompt, row) for row, prompt in enumerate(prompts)]
+        ids = [token_ids(model, prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
         context = model.cfg.max_position
         for row, prompt in enumerate(ids):
             if len(prompt) >= context:
@@ -262,8 +201,7 @@ class _Batch:
             start += width
         sampled, state = programs.sample((batch,), logits=logits, state=state)
 
-        texts = [StopText(self.model.tokenizer.stream(), tuple(request.stop)) for request in self.requests]
-        stops = [self._stop_ids(request) for request in self.requests]
+        answers = [Answer(self.model, *request) for request in zip(self.requests, self.limits, strict=True)]
         active = np.array([1] * rows + [0] * padding, np.int32)
         left = np.array([limit - 1 for limit in self.limits] + [0] * padding, np.int32)
         found: Sampled | None = jax.tree.map(lambda leaf: leaf[None], jax.device_get(sampled))
@@ -279,50 +217,13 @@ class _Batch:
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], found)
                 for row in map(int, np.flatnonzero(active[:rows])):
                     stats = Stats(len(self.prompts[row]), count, first, elapsed - first, compiling)
-                    step = self._row(row, one, texts[row], stops[row], count, stats)
+                    step = answers[row].take(one, row, stats, row)
                     active[row] = step.finish_reason is None
                     yield step
             if not active.any():
                 return
             if ahead is None:
-                on_device = going(sampled.token, active.copy(), left, stops)
+                on_device = going(sampled.token, active.copy(), left, [answer.stops for answer in answers])
                 ahead = Ahead(programs, params, on_device, cache, state, self.buckets.steps_of_dispatch())
             ahead.fill(active, left)
             found = ahead.take()
-
-    def _stop_ids(self, request: SamplingParams) -> frozenset[int]:
-        end = self.model.cfg.eos_token_ids or self.model.tokenizer.eos_token_ids
-        return frozenset(request.stop_token_ids) | frozenset(() if request.ignore_eos else end)
-
-    def _row(self, row: int, host: Sampled, text: StopText, stops: frozenset[int], count: int, stats: Stats) -> Step:
-        token, request = int(host.token[row]), self.requests[row]
-        logprob = float(host.logprob[row])  # pyright: ignore[reportOptionalSubscript]
-        top: tuple[tuple[int, float], ...] = ()
-        if request.logprobs and host.top_ids is not None and host.top_logprobs is not None:
-            best = zip(host.top_ids[row], host.top_logprobs[row], strict=True)
-            top = tuple((int(i), float(value)) for i, value in best)[: request.logprobs]
-        if not host.finite[row]:
-            return Step(text.flush(), token, logprob, "nonfinite_logits", stats, top, row)
-        if token in stops:
-            return Step(text.flush(), token, logprob, "stop", stats, top, row)
-        piece = text.push(token)
-        if text.stopped:
-            return Step(piece, token, logprob, "stop", stats, top, row)
-        if count == self.limits[row]:
-            return Step(piece + text.flush(), token, logprob, "length", stats, top, row)
-        return Step(piece, token, logprob, None, stats, top, row)
-
-
-def _token_ids(model: Model, prompt: Prompt, row: int) -> list[int]:
-    if isinstance(prompt, str):
-        ids = model.tokenizer.encode(prompt)
-    else:
-        ids = [int(token) for token in prompt]
-    if not ids:
-        raise RequestError(f"prompt {row} is empty; give at least one token, such as the first word.")
-    low, high, vocab = min(ids), max(ids), model.cfg.vocab_size
-    if low < 0 or high >= vocab:
-        raise RequestError(
-            f"prompt {row} holds token ids {low} to {high}; this model's vocabulary is 0 to {vocab - 1}."
-        )
-    return ids

@@ -4,15 +4,71 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ferrum_jax.errors import CapacityError, RequestError
-from ferrum_jax.generation import Prompt, Stats, Step, _request
 from ferrum_jax.sampling import Sampled, SamplingParams
 from ferrum_jax.stopping import StopText
 
 if TYPE_CHECKING:
     from ferrum_jax.checkpoint.load import Model
+
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts and times of one request so far.
+
+    Attributes:
+      prompt_tokens: tokens read.
+      generated_tokens: tokens sampled, the end-of-text token included.
+      first_token_seconds: from the call to the first token, compilation left out.
+      decode_seconds: from the first token to the latest, compilation left out.
+      compile_seconds: spent on compiling, or on reading compiled programs from disk.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    first_token_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens over the time to the first token."""
+        return self.prompt_tokens / max(self.first_token_seconds, 1e-9)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first over their time; 0.0 before there are any."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One token of one row.
+
+    Attributes:
+      text: what became certain with this token; empty while a character or a possible stop string is incomplete.
+      token: its id.
+      logprob: its log-probability under the model's own distribution.
+      finish_reason: None while going on, "stop" (end of text, stop id or stop string), "length" (max_tokens or the
+        context is full) or "nonfinite_logits" (the model broke; this row's last token means nothing).
+      stats: counts and times.
+      top_logprobs: (id, log-probability) of the best alternatives, as many as SamplingParams.logprobs asks for.
+      row: index of the prompt in the batch.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: str | None
+    stats: Stats
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    row: int = 0
 
 
 def request_of(sampling: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
@@ -21,25 +77,31 @@ def request_of(sampling: SamplingParams | None, options: dict[str, Any]) -> Samp
     Raises:
       RequestError: both are given, or a keyword is unknown or out of range.
     """
-    return _request(sampling, options)
+    if sampling is not None and options:
+        raise RequestError("give sampling values either as SamplingParams or as keywords, not both.")
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    if unknown := sorted(options.keys() - known):
+        raise RequestError(f"{unknown[0]!r} is not a sampling value; accepted are {', '.join(sorted(known))}.")
+    return sampling or SamplingParams(**options)
 
 
-def token_ids(model: Model, prompt: Prompt) -> list[int]:
+def token_ids(model: Model, prompt: Prompt, name: str = "the prompt") -> list[int]:
     """A prompt as ids.
 
     Args:
       model: its tokenizer and vocabulary.
       prompt: a text, or ids.
+      name: what errors call it.
 
     Raises:
       RequestError: it is empty or holds an id outside the vocabulary.
     """
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     if not ids:
-        raise RequestError("the prompt is empty; give at least one token, such as the first word.")
+        raise RequestError(f"{name} is empty; give at least one token, such as the first word.")
     low, high, vocab = min(ids), max(ids), model.cfg.vocab_size
     if low < 0 or high >= vocab:
-        raise RequestError(f"the prompt holds token ids {low} to {high}; this model's vocabulary is 0 to {vocab - 1}.")
+        raise RequestError(f"{name} holds token ids {low} to {high}; this model's vocabulary is 0 to {vocab - 1}.")
     return ids
 
 
@@ -65,7 +127,13 @@ def seeded(sampling: SamplingParams) -> SamplingParams:
 
 
 class Answer:
-    """The text of one request as its tokens come."""
+    """The text of one request as its tokens come.
+
+    Attributes:
+      count: tokens so far.
+      limit: most tokens.
+      stops: ids that end it.
+    """
 
     def __init__(self, model: Model, sampling: SamplingParams, limit: int) -> None:
         """Nothing has come yet.
@@ -73,12 +141,12 @@ class Answer:
         Args:
           model: its tokenizer, and its end-of-text ids.
           sampling: the request.
-          limit: most tokens.
+              limit: most tokens.
         """
         end = () if sampling.ignore_eos else model.cfg.eos_token_ids or model.tokenizer.eos_token_ids
         self.count, self.limit = 0, limit
         self._alternatives = sampling.logprobs
-        self._stops = frozenset(sampling.stop_token_ids) | frozenset(end)
+        self.stops = frozenset(sampling.stop_token_ids) | frozenset(end)
         self._text = StopText(model.tokenizer.stream(), tuple(sampling.stop))
 
     def take(self, host: Sampled, place: int, stats: Stats, row: int) -> Step:
@@ -102,7 +170,7 @@ class Answer:
             known["top_logprobs"] = tuple((int(i), float(value)) for i, value in best)[: self._alternatives]
         if not host.finite[place]:
             return Step(text=self._text.flush(), finish_reason="nonfinite_logits", **known)
-        if token in self._stops:
+        if token in self.stops:
             return Step(text=self._text.flush(), finish_reason="stop", **known)
         piece = self._text.push(token)
         if self._text.stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def held() -> tuple[int, int]:
     return len(arrays), sum(array.nbytes for array in arrays)
 
 
-def soak(model: Model, steps: int, overlap: bool) -> dict[str, int]:
-    """Run so many steps after a warm-up; returns what happened."""
-    buckets = Buckets(batch=(1, 4), prefill=(32,), cache=(128,))
-    engine = Engine(model, slots=4, pages=20, page=8, buckets=buckets, overlap=overlap)
+def soak(model: Model, steps: int, overlap: bool, exact: bool = True, batches: tuple[int, ...] = (1, 4)) -> dict:
+    """Run so many steps after a warm-up; returns what happened, and how often a token was what it is alone."""
+    buckets = Buckets(batch=batches, prefill=(32,), cache=(128,))
+    engine = Engine(model, slots=4, pages=10, page=16, buckets=buckets, overlap=overlap)
     cases = [(prompt, way) for prompt in PROMPTS for way in WAYS]
     alone = {}
     for case, (prompt, way) in enumerate(cases):
@@ -54,7 +55,7 @@ def soak(model: Model, steps: int, overlap: bool) -> dict[str, int]:
     list(engine.run())
 
     rng = np.random.default_rng(0)
-    counts = dict.fromkeys(("ended", "cancelled", "tokens"), 0)
+    counts = dict.fromkeys(("ended", "cancelled", "tokens", "same", "broken"), 0)
     running: dict[int, tuple[int, int, list[int]]] = {}  # id -> case, tokens wanted, tokens so far
 
     def submit() -> None:
@@ -67,8 +68,11 @@ def soak(model: Model, steps: int, overlap: bool) -> dict[str, int]:
             case, length, said = running[id]
             said.append(event.token)
             counts["tokens"] += 1
+            counts["same"] += said == alone[case][: len(said)]
+            counts["broken"] += event.finish_reason == "nonfinite_logits"
             if event.finish_reason:
-                assert said == alone[case][:length], f"{cases[case]} of {length} tokens"
+                assert len(said) == length
+                assert not exact or said == alone[case][:length], f"{cases[case]} of {length} tokens"
                 counts["ended"] += 1
                 del running[id]
 
@@ -76,7 +80,7 @@ def soak(model: Model, steps: int, overlap: bool) -> dict[str, int]:
         while running:
             step()
 
-    compilations = Compilations()
+    compilations, began = Compilations(), time.perf_counter()
     before, memory = None, 0
     for number in range(steps):
         if len(running) < 8 and rng.random() < 0.4:
@@ -90,9 +94,11 @@ def soak(model: Model, steps: int, overlap: bool) -> dict[str, int]:
             drain()
             before, memory = held(), resident()
     drain()
-    assert engine.idle and engine.load.free_pages == 20
+    counts["milliseconds"] = round((time.perf_counter() - began) * 1e3)
+    assert counts["broken"] == 0
+    assert engine.idle and engine.load.free_pages == 10
     assert held() == before
-    assert resident() - memory < 32 * 2**20
+    assert resident() - memory < 64 * 2**20
     assert compilations.count == 0
     return counts | {"preemptions": engine.load.preemptions}
 
@@ -112,3 +118,13 @@ def test_a_short_soak(model: Model) -> None:
 def test_two_thousand_steps(model: Model, overlap: bool) -> None:
     counts = soak(model, 2000, overlap)
     assert counts["ended"] > 200 and counts["cancelled"] > 10 and counts["preemptions"] > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [True, False])
+def test_two_thousand_steps_on_a_gpu(overlap: bool) -> None:
+    counts = soak(fj.load("demo", quiet=True), 2000, overlap, exact=False, batches=(4,))
+    print(counts)
+    assert counts["ended"] > 200 and counts["preemptions"] > 10
+    # In bfloat16 tokens that are nearly as likely change places, and all that follows with them.
+    assert counts["same"] > 0.5 * counts["tokens"]

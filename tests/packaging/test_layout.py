@@ -20,8 +20,8 @@ FLOORS = (
     {"buckets", "chat", "config", "kernels", "sampling", "tokenizer"},
     {"cache", "layers", "moe", "pages", "paged", "params", "rope"},
     {"budget", "checkpoint", "model"},
-    {"generation", "nnx", "saving"},
-    {"engine_steps", "schedule"},
+    {"engine_steps", "requests", "steps"},
+    {"generation", "nnx", "saving", "schedule"},
     {"engine"},
     {"cli"},
 )
