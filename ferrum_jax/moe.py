@@ -20,7 +20,7 @@ from ferrum_jax.kernels import (
     to_blocks,
 )
 from ferrum_jax.layers import linear, silu_mul, uses_cpu_kernels
-from ferrum_kernels import cpu, triton
+from ferrum_kernels import cpu, mosaic, triton
 from ferrum_kernels.blocks import dispatch as dispatch
 from ferrum_kernels.derivatives import differentiable
 from ferrum_kernels.ops import resolve
@@ -209,16 +209,21 @@ def _fits_cpu_kernels(experts: dict[str, Any], cfg: ModelConfig) -> bool:
 
 def _fits_triton(experts: dict[str, Any], cfg: ModelConfig) -> bool:
     """Whether the GPU kernels run the layer as a whole: tiled alike, gate and up in one stack."""
-    if (default_implementation() if cfg.implementation is None else cfg.implementation) != triton.NAME:
+    if _name(cfg) not in mosaic.NAMES:
         return False
     return "gate_up" in experts and all(isinstance(stack, TiledLinear) for stack in experts.values())
+
+
+def _name(cfg: ModelConfig) -> str:
+    return default_implementation() if cfg.implementation is None else cfg.implementation
 
 
 def _on_triton(
     params: dict[str, Any], x: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None, mask: jax.Array | None
 ) -> tuple[jax.Array, Routing]:
     """The same layer in four or five kernels after the router's product."""
-    triton.check(*params["experts"].values())
+    backend = mosaic if _name(cfg) == mosaic.NAME else triton
+    backend.check(*params["experts"].values())
     triton.check_dtype(x)
     portable = dataclasses.replace(cfg, implementation="xla")
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
@@ -237,7 +242,7 @@ def _on_triton(
     def experts_of(activations: tuple, constants: tuple) -> jax.Array:
         x, weights = activations
         live, counts, experts, layer = constants
-        return triton.experts(x, live, weights, counts, experts["gate_up"], experts["down"], layer)
+        return backend.experts(x, live, weights, counts, experts["gate_up"], experts["down"], layer)
 
     def experts_specified(activations: tuple, constants: tuple) -> jax.Array:
         x, weights = activations
