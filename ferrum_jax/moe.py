@@ -19,7 +19,7 @@ from ferrum_jax.kernels import (
     to_blocks,
 )
 from ferrum_jax.layers import add_norm, at_layer, linear, rms_norm, silu_mul, uses_cpu_kernels, uses_triton
-from ferrum_kernels import cpu, triton, triton_norm
+from ferrum_kernels import cpu, mosaic, triton, triton_norm
 from ferrum_kernels.blocks import dispatch as dispatch
 from ferrum_kernels.derivatives import differentiable
 from ferrum_kernels.ops import resolve
@@ -277,7 +277,9 @@ def _on_triton(
     logits: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
     """The same layer in four or five kernels after the router's product."""
-    triton.check(*params["experts"].values())
+    name = default_implementation() if cfg.implementation is None else cfg.implementation
+    backend = mosaic if name == mosaic.NAME else triton
+    backend.check(*params["experts"].values())
     triton.check_dtype(x)
     portable = dataclasses.replace(cfg, implementation="xla")
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
@@ -288,7 +290,7 @@ def _on_triton(
         x, logits = activations
         mask, experts, layer = constants
         stacks = experts["gate_up"], experts["down"]
-        return triton.routed_experts(x, logits, mask, cfg.top_k, cfg.norm_topk_prob, *stacks, layer)
+        return backend.routed_experts(x, logits, mask, cfg.top_k, cfg.norm_topk_prob, *stacks, layer)
 
     def layer_specified(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
         x, logits = activations

@@ -33,6 +33,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
 from ferrum_jax.kernels import PackedLinear, default_implementation
 from ferrum_jax.plan import Plan, make_plan
+from ferrum_kernels import mosaic
 from ferrum_kernels.bits import centred
 from ferrum_kernels.folding import folds, reorder_gate_and_up
 from ferrum_kernels.tiles import tile_all
@@ -253,7 +254,7 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
 def layout_for(cfg: ModelConfig) -> Callable[[Any], Any]:
     """How the kernels of a configuration want its weights: as they are, or in tiles."""
     implementation = default_implementation() if cfg.implementation is None else cfg.implementation
-    return tile_all if implementation == "triton" else _as_it_is
+    return tile_all if implementation in mosaic.NAMES else _as_it_is
 
 
 def _as_it_is(tree: Any) -> Any:

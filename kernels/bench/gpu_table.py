@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels import dequantize, triton
+from ferrum_kernels import default_implementation, dequantize, mosaic, triton
 from ferrum_kernels.tiles import TiledLinear, untile
 
 # vLLM 0.24's moe_wna16_marlin_gemm with moe_align_block_size, silu_and_mul and moe_sum, in a CUDA graph, without the
@@ -68,7 +68,14 @@ def route_logits(rng: np.random.Generator, tokens: int, experts: int, routing: s
 
 
 def rows(
-    cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, routing: str, check: bool = False
+    cfg: Any,
+    name: str,
+    tokens: list[int],
+    layers: int,
+    repeats: int,
+    routing: str,
+    check: bool = False,
+    implementation: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One measurement per number of tokens; with `check` each is preceded by a comparison with float32.
 
@@ -77,6 +84,7 @@ def rows(
     """
     d, f, e, top_k = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts, cfg.top_k
     stacks = random_stack(1, (layers, e), d, 2 * f, 128), random_stack(2, (layers, e), f, d, 128)
+    routed_experts = backend(implementation).routed_experts
     for count in tokens:
         rng = np.random.default_rng(count)
         logits = [jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)]
@@ -84,14 +92,14 @@ def rows(
 
         def run(memory: jax.Array, x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
             for layer in range(layers):
-                x, _, _ = triton.routed_experts(x, logits[layer], None, top_k, True, stacks[0], stacks[1], layer)
+                x, _, _ = routed_experts(x, logits[layer], None, top_k, True, stacks[0], stacks[1], layer)
             return x
 
         began = time.perf_counter()
         # The result takes the last result's memory: a CUDA graph whose memory has moved is changed first.
         step = jax.jit(run, donate_argnums=0, keep_unused=True).lower(x, x, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
-        error = checked(stacks, count, top_k, routing, cfg.dtype) if check else None
+        error = checked(stacks, count, top_k, routing, cfg.dtype, implementation) if check else None
         took = [seconds / layers * 1e6 for seconds in times(step, jnp.copy(x), (x, logits, stacks), repeats)]
         clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(jnp.copy(x), x, logits, stacks)))  # noqa: B023
         chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
@@ -116,7 +124,7 @@ def rows(
             "compile_seconds": compile_seconds,
             "relative_error": error,
             "clocks": clocks,
-            "cut": _cut(count * top_k, *stacks),
+            "cut": _cut(count * top_k, *stacks, implementation),
         }
 
 
@@ -146,7 +154,14 @@ def times(
     return took
 
 
-def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, routing: str, dtype: Any) -> float:
+def checked(
+    stacks: tuple[TiledLinear, TiledLinear],
+    count: int,
+    top_k: int,
+    routing: str,
+    dtype: Any,
+    implementation: str | None = None,
+) -> float:
     """The relative error of one layer on fresh random inputs, some tokens of it against float32.
 
     What must not be read is NaN: the scales of other layers and of experts that no token chose. What must be written
@@ -168,7 +183,7 @@ def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, rou
         ids, *_ = triton.route(logits, None, top_k, True)
         dead = jnp.ones((layers, experts, 1, 1), bool).at[at, ids.reshape(-1)].set(False)
         up, down = (dataclasses.replace(w, scales=jnp.where(dead, jnp.nan, w.scales)) for w in (up, down))
-        y, ids, _ = triton.routed_experts(x, logits, None, top_k, True, up, down, at)
+        y, ids, _ = backend(implementation).routed_experts(x, logits, None, top_k, True, up, down, at)
         return y, ids
 
     for shape in ((count * top_k, down.k), (count * top_k, up.k), (count, up.k)):
@@ -215,11 +230,17 @@ def _float32(
     return y
 
 
-def _cut(pairs: int, gate_up: TiledLinear, down: TiledLinear) -> list[Any]:
+def backend(implementation: str | None) -> Any:
+    """The module whose layer runs under a name; None stands for the device's best."""
+    return mosaic if (implementation or default_implementation()) == mosaic.NAME else triton
+
+
+def _cut(pairs: int, gate_up: TiledLinear, down: TiledLinear, implementation: str | None) -> list[Any]:
     """How the two products are cut: both as objects, with the rows of a block where there are blocks."""
     from ferrum_kernels.triton_tiles import expert_tiles, few_cuts
 
-    parts = few_cuts(pairs, down.num_experts, gate_up, down) or expert_tiles(pairs, down.num_experts)
+    parts = backend(implementation) is mosaic and mosaic.rings(pairs, down.num_experts)
+    parts = parts or few_cuts(pairs, down.num_experts, gate_up, down) or expert_tiles(pairs, down.num_experts)
     return [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
 
 
