@@ -2,8 +2,8 @@
 
 From the product of queries, keys and values to what the output projection takes: head norms, rotation, cache write and
 attention, one new token per row (decode) or a prompt (prefill). A call loops over several layers of the cache, so that
-nothing is read from the GPU's own cache; times are of calls queued behind each other, divided by the turns.
-Bytes are those of the live cache, keys, values and scales, read once.
+nothing is read from the GPU's own cache; times are of calls queued behind each other, divided by the turns. Where a
+turn is short, launching it is half of it. Bytes are those of the live cache, keys, values and scales, read once.
 """
 
 from __future__ import annotations

@@ -106,12 +106,12 @@ def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
         seen = jnp.where(fresh, jnp.broadcast_to(v, (s.width, s.head_dim)), 0.0)
         low = start - r["window"][0]
         tiles = (begin // s.cut.tile, (until + s.cut.tile - 1) // s.cut.tile)
-        state = (score, *nothing(s)[1:2], seen.T if s.cut.swap else seen)
+        state = (score, nothing(s)[1], seen)
         most, total, values = sweep(
             s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
         )
         total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
-        y = jnp.where(live, (values.T if s.cut.swap else values) * (1.0 / total)[:, None], 0.0)
+        y = jnp.where(live, values * (1.0 / total)[:, None], 0.0)
         if part is None:
             put(y, row)
             return
@@ -236,18 +236,11 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
             return (positions <= position) & (positions > position - window)
 
         edges = (0, inner - low + last - outer)
-        state = sweep(
-            s,
-            r,
-            q,
-            row,
-            head,
-            edges,
-            lambda i: jnp.where(i < inner - low, low + i, outer + i - (inner - low)),
-            visible,
-            end,
-            nothing(s),
-        )
+
+        def edge(i: Any) -> Any:
+            return jnp.where(i < inner - low, low + i, outer + i - (inner - low))
+
+        state = sweep(s, r, q, row, head, edges, edge, visible, end, nothing(s))
         _, total, values = sweep(s, r, q, row, head, (inner, outer), lambda i: i, None, end, state)
         y = jnp.where((token < count)[:, None], values * (1.0 / summed(s, total))[:, None], 0.0)
         put(y, token, query_head, alive)

@@ -225,8 +225,9 @@ def decode_cut(s: Statics, batch: int) -> Cut:
     """How one new token per row is cut up: a program for each row and key head, or parts of rows that are long."""
     few = batch * s.kv_heads < 132
     # The second kernel, which adds parts up, costs what this many positions do.
-    piece = s.capacity if s.capacity <= (512 if few else 1024) else 256
-    tile = _tile(s, 128 if few or s.codes else 64)
+    whole = s.capacity <= (512 if few else 1024)
+    piece = s.capacity if whole else 256
+    tile = _tile(s, 128 if s.codes or (few and whole) else 64)
     return Cut(tile, warps=4, stages=3, piece=max(piece, tile), programs=max(1, 264 // s.kv_heads))
 
 

@@ -32,7 +32,6 @@ class Cut:
       queries: tokens of a program.
       piece: positions of a row that one program takes, a multiple of the tile.
       programs: most programs per key head; each takes every so-manieth piece.
-      swap: positions are the left operand of the matrix units, few queries the right one.
     """
 
     tile: int = 64
@@ -41,7 +40,6 @@ class Cut:
     queries: int = 1
     piece: int = 0
     programs: int = 0
-    swap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,12 +256,8 @@ def write(
     dtype = out["keys"].dtype
     k, v = tuple(x.astype(dtype) for x in k), v.astype(dtype)
     for i, x in enumerate(k):
-        store(
-            out["keys"],
-            (layer, at[:, None], head, jnp.arange(half, dtype=jnp.int32)[None, :] + i * half),
-            x,
-            alive[:, None],
-        )
+        part = jnp.arange(half, dtype=jnp.int32)[None, :] + i * half
+        store(out["keys"], (layer, at[:, None], head, part), x, alive[:, None])
     store(out["values"], (layer, at[:, None], head, lane), v, alive[:, None])
     first, second, v = (x.astype(jnp.float32) for x in (*k, v))
     if s.codes:
@@ -281,7 +275,7 @@ def _rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 # float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding
-# them up costs time; float32 weighted values [M, h]. The last two turned round where `swap` says so.
+# them up costs time; float32 weighted values [M, h].
 State = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -289,13 +283,13 @@ def nothing(s: Statics) -> State:
     """The state before any position was seen."""
     sums = (s.width,) if s.cut.queries > 1 else (s.width, s.cut.tile)
     shapes = (s.width,), sums, (s.width, s.head_dim)
-    most, total, values = (jnp.full(shape[::-1] if s.cut.swap else shape, 0.0, jnp.float32) for shape in shapes)
+    most, total, values = (jnp.zeros(shape, jnp.float32) for shape in shapes)
     return most + LEAST, total, values
 
 
 def summed(s: Statics, total: jax.Array) -> jax.Array:
     """float32 [M]: the sums of a state."""
-    return total if total.ndim == 1 else jnp.sum(total, axis=0 if s.cut.swap else 1)
+    return total if total.ndim == 1 else jnp.sum(total, axis=1)
 
 
 def sweep(
@@ -331,15 +325,6 @@ def sweep(
     lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
     unit = LOG2_E / math.sqrt(s.head_dim)
 
-    # Positions are rows of the products or their columns; queries the other way round.
-    along = 0 if s.cut.swap else 1
-
-    def by_query(x: jax.Array) -> jax.Array:
-        return x[None, :] if s.cut.swap else x[:, None]
-
-    def by_position(x: jax.Array) -> jax.Array:
-        return x[:, None] if s.cut.swap else x[None, :]
-
     def body(i: Any, carry: Any) -> Any:
         (most, total, values), pages = carry
         first = tile_of(i) * tile
@@ -352,29 +337,25 @@ def sweep(
         mask = None if visible is None else alive[:, None]
         k = read(r["keys"], (layer, rows[:, None], head, lane), mask)
         k = floats(k, s.dtype, s.interpret)
-        left, right = (k, q) if s.cut.swap else (q, k)
-        scores = product(left, right, (1, 1), s.interpret)
+        scores = product(q, k, (1, 1), s.interpret)
         scale = unit
         if s.codes:
-            scores, scale = scores * by_position(read(r["key_scales"], (layer, rows, head), alive) * unit), 1.0
+            scores, scale = scores * (read(r["key_scales"], (layer, rows, head), alive) * unit)[None, :], 1.0
         if visible is not None:
-            scores = jnp.where(visible(by_position(positions)) & by_position(alive), scores, -jnp.inf)
-        now = lax.max(most, jnp.max(scores, axis=along) * scale - (HEADROOM if s.codes else 0.0))
-        weights = power(scores * scale - by_query(now), s.interpret)
+            scores = jnp.where(visible(positions[None, :]) & alive[None, :], scores, -jnp.inf)
+        now = lax.max(most, jnp.max(scores, axis=1) * scale - (HEADROOM if s.codes else 0.0))
+        weights = power(scores * scale - now[:, None], s.interpret)
         fade = power(most - now, s.interpret)
         if total.ndim == 1:
-            total = total * fade + jnp.sum(weights, axis=along)
+            total = total * fade + jnp.sum(weights, axis=1)
         else:
-            total = total * by_query(fade) + weights
+            total = total * fade[:, None] + weights
         if s.codes:
-            weights = weights * by_position(read(r["value_scales"], (layer, rows, head), alive))
+            weights = weights * read(r["value_scales"], (layer, rows, head), alive)[None, :]
         v = floats(read(r["values"], (layer, rows[:, None], head, lane), mask), s.dtype, s.interpret)
         weights = weights.astype(s.dtype)
-        if s.cut.swap:
-            more = product(v, weights, (0, 0), s.interpret)
-        else:
-            more = product(weights, v, (1, 0), s.interpret)
-        return (now, total, values * by_query(fade) + more), pages
+        more = product(weights, v, (1, 0), s.interpret)
+        return (now, total, values * fade[:, None] + more), pages
 
     state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * tile)))
     return state

@@ -71,6 +71,16 @@ def test_few_programs_take_several_pieces_and_rows(name, programs, monkeypatch):
     check(CASES[name], triton_attention.attention)
 
 
+def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
+    cuts = []
+    cut = triton_attention.prefill_cut
+    monkeypatch.setattr(triton_attention, "prefill_cut", lambda *a: cuts.append(cut(*a)) or cuts[-1])
+    for little in (False, True):
+        monkeypatch.setattr(triton_attention, "_little_memory", lambda little=little: little)
+        check(CASES["many with a window"], triton_attention.attention)
+    assert cuts[1].tile < cuts[0].tile and cuts[1].stages < cuts[0].stages
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_token_past_the_capacity_is_not_written(tokens):
     case = Case(start=(94, 95, 96), count=(1, tokens, 1), tokens=tokens, page=16)
