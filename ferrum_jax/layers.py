@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import default_implementation, gptq_matmul, is_weight
-from ferrum_kernels import cpu, triton, triton_norm
+from ferrum_kernels import cpu, mosaic, triton, triton_norm
 from ferrum_kernels.contract import einsum
 from ferrum_kernels.derivatives import differentiable
 
@@ -125,8 +125,8 @@ def uses_cpu_kernels(cfg: ModelConfig) -> bool:
 
 
 def uses_triton(cfg: ModelConfig) -> bool:
-    """Whether what is not a packed product runs on the Triton kernels too."""
-    return _implementation(cfg) == triton.NAME
+    """Whether what is not a packed product runs on the Triton kernels too, as it does under both GPU backends' names."""
+    return _implementation(cfg) in mosaic.NAMES
 
 
 def _implementation(cfg: ModelConfig) -> str:

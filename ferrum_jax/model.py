@@ -19,7 +19,7 @@ from ferrum_jax.moe import Routing
 from ferrum_jax.paged import Cache, PagedCache, put, room, rows
 from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
 from ferrum_jax.stack import Attend, Params, Place, run_layers
-from ferrum_kernels import cpu, triton, triton_attention
+from ferrum_kernels import cpu, mosaic, triton_attention
 from ferrum_kernels.contract import einsum, is_traced
 
 
@@ -243,7 +243,7 @@ def _attention_of(cfg: ModelConfig, cache: Cache) -> Callable[..., Attend]:
     takes = triton_attention.takes(cfg.dtype, cfg.head_dim) and (codes or cache.k.dtype == jnp.dtype(cfg.dtype))
     if isinstance(cache, PagedCache):
         takes = takes and cache.page >= 16 and cache.page & (cache.page - 1) == 0
-    return _attend_on_triton if implementation == triton.NAME and takes else _attend
+    return _attend_on_triton if implementation in mosaic.NAMES and takes else _attend
 
 
 def _project(p: Params, x: jax.Array, at: Place, cfg: ModelConfig) -> tuple[jax.Array, ...]:

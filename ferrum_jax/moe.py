@@ -19,7 +19,7 @@ from ferrum_jax.kernels import (
     to_blocks,
 )
 from ferrum_jax.layers import add_norm, at_layer, linear, rms_norm, silu_mul, uses_cpu_kernels, uses_triton
-from ferrum_kernels import cpu, triton, triton_norm
+from ferrum_kernels import cpu, mosaic, triton, triton_norm
 from ferrum_kernels.blocks import dispatch as dispatch
 from ferrum_kernels.derivatives import differentiable
 from ferrum_kernels.ops import resolve
@@ -134,36 +134,44 @@ def combine(y: Float[Array, "R D"], plan: Dispatch, weights: Float[Array, "T K"]
     return jnp.sum(pairs * jnp.where(live, weights, 0.0)[..., None], axis=-2)
 
 
+def router_rows(router: jax.Array, x: jax.Array, cfg: ModelConfig) -> jax.Array | None:
+    """A stack of routers [L, D, E] as `add_norm_route` reads it, [L, E, D]; None where it has no kernel.
+
+    Laid out before the scan over layers, so once per step: a row of inputs is one run of memory, a column is not.
+    """
+    return jnp.swapaxes(router, -1, -2) if uses_triton(cfg) and triton_norm.takes(x, router) else None
+
+
 def add_norm_route(
     x: Float[Array, "*lead D"],
     y: Float[Array, "*lead D"],
     weight: jax.Array,
-    router: jax.Array,
+    router: jax.Array | None,
     cfg: ModelConfig,
     layer: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """`layers.add_norm`, and the router's logits where one kernel gives all three.
+    """`layers.add_norm`, and the router's logits where kernels give all three.
 
     Args:
       x: the residual stream.
       y: what a branch adds to it.
       weight: of the norm, a stack [L, D].
-      router: [L, D, E].
+      router: of `router_rows`.
       cfg: its rms_norm_eps and implementation.
       layer: index into both.
 
     Returns:
       (sum, norm, float32 logits [..., E] or None where `moe_layer` takes them itself).
     """
-    if not (uses_triton(cfg) and triton_norm.takes(x, y, weight, router)):
+    if router is None or not triton_norm.takes(x, weight):
         return *add_norm(x, y, weight, cfg, layer), None
 
     def specified(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
         total = x + y
         norm = rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps)
-        logits = linear(norm.astype(jnp.float32), router, dataclasses.replace(cfg, implementation="xla"), layer=layer)
-        return total, norm, logits
+        matrix = jnp.swapaxes(at_layer(router, layer), 0, 1)
+        return total, norm, linear(norm.astype(jnp.float32), matrix, dataclasses.replace(cfg, implementation="xla"))
 
     def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
@@ -269,7 +277,9 @@ def _on_triton(
     logits: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
     """The same layer in four or five kernels after the router's product."""
-    triton.check(*params["experts"].values())
+    name = default_implementation() if cfg.implementation is None else cfg.implementation
+    backend = mosaic if name == mosaic.NAME else triton
+    backend.check(*params["experts"].values())
     triton.check_dtype(x)
     portable = dataclasses.replace(cfg, implementation="xla")
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
@@ -280,7 +290,7 @@ def _on_triton(
         x, logits = activations
         mask, experts, layer = constants
         stacks = experts["gate_up"], experts["down"]
-        return triton.routed_experts(x, logits, mask, cfg.top_k, cfg.norm_topk_prob, *stacks, layer)
+        return backend.routed_experts(x, logits, mask, cfg.top_k, cfg.norm_topk_prob, *stacks, layer)
 
     def layer_specified(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
         x, logits = activations

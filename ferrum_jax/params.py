@@ -33,6 +33,8 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import ShapeError
 from ferrum_jax.kernels import PackedLinear, default_implementation
 from ferrum_jax.plan import Plan, make_plan
+from ferrum_kernels import mosaic
+from ferrum_kernels.bits import centred
 from ferrum_kernels.folding import folds, reorder_gate_and_up
 from ferrum_kernels.tiles import tile_all
 
@@ -222,7 +224,8 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
     def leaf(path: tuple, shape: tuple[int, ...], dtype: Any, parent: PackedLinear | None) -> np.ndarray:
         name = jax.tree_util.keystr(path)
         if dtype == jnp.uint32:
-            return rng.integers(0, 2**32, shape, np.uint32)
+            words = rng.integers(0, 2**32, shape, np.uint32)
+            return words if parent is None else centred(words, parent.bits)
         if dtype == jnp.int32:
             return np.broadcast_to(rng.permutation(shape[-1]).astype(np.int32), shape)
         if parent is not None:
@@ -251,7 +254,7 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
 def layout_for(cfg: ModelConfig) -> Callable[[Any], Any]:
     """How the kernels of a configuration want its weights: as they are, or in tiles."""
     implementation = default_implementation() if cfg.implementation is None else cfg.implementation
-    return tile_all if implementation == "triton" else _as_it_is
+    return tile_all if implementation in mosaic.NAMES else _as_it_is
 
 
 def _as_it_is(tree: Any) -> Any:

@@ -1,6 +1,7 @@
 """The stages of sampling: pure functions on float32 logits [B, V] with one traced parameter per row [B].
 
 Each is usable alone, under jit and on any device: no 64-bit types, no complex numbers, no custom top-k call, no sort.
+On NVIDIA GPUs the filters are kernels.
 A stage that removes a token sets its logit to -inf; the best token of a row is never removed.
 """
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.random import threefry2x32_p
+
+from ferrum_kernels import triton, triton_cut
 
 
 def apply_logit_bias(logits: Array, bias: Array) -> Array:
@@ -128,7 +131,7 @@ def keep_top_k(logits: Array, k: Array) -> Array:
       [[1.0, 3.0, -inf]]
     """
     total = jnp.where(k > 0, k.astype(jnp.float32), jnp.inf)
-    return _keep_until(logits, jnp.ones_like(logits), total)
+    return _keep_until(logits, total, likely=False)
 
 
 def keep_top_p(logits: Array, p: Array) -> Array:
@@ -148,7 +151,7 @@ def keep_top_p(logits: Array, p: Array) -> Array:
       -inf
     """
     # A float32 sum may reach 1 early, so p = 1 is never reached.
-    return _keep_until(logits, jax.nn.softmax(logits, axis=-1), jnp.where(p < 1, p, jnp.inf))
+    return _keep_until(logits, jnp.where(p < 1, p, jnp.inf), likely=True)
 
 
 def sample_token(logits: Array, keys: Array, temperature: Array) -> Array:
@@ -291,28 +294,27 @@ def _at(array: Array, index: Array) -> Array:
     return jnp.sum(jnp.where(_positions(array) == index[:, None], array, jnp.zeros_like(array)), axis=-1)
 
 
-@jax.jit
-def _keep_until(logits: Array, weights: Array, total: Array) -> Array:
-    """Keeps the best tokens, equal ones by token id, until their weights sum to `total`.
+def _keep_until(logits: Array, total: Array, likely: bool) -> Array:
+    """Keeps the best tokens, equal ones by token id, until they weigh `total`; by their probability, or 1 each."""
+    if triton.unavailable() is None:
+        return triton_cut.keep_best(logits, total, likely, triton.is_interpreted())
+    return _keep_portably(logits, jax.nn.softmax(logits, axis=-1) if likely else jnp.ones_like(logits), total)
 
-    The logit at the cut is found digit by digit: masked sums are several times faster than a sort. Counts are exact in
-    float32 for any vocabulary below 2**24.
+
+@jax.jit
+def _keep_portably(logits: Array, weights: Array, total: Array) -> Array:
+    """The logit at the cut is found bit by bit: 32 masked sums are several times faster than a sort.
+
+    Counts are exact in float32 for any vocabulary below 2**24.
     """
     order = _order(logits)
-    # A GPU reads the logits once for the sums of all 15 digits, and each pass is a launch; a processor does the sums.
-    bits = 4 if jax.default_backend() == "gpu" else 1
 
-    def raise_cut(cut: Array, shift: Array) -> tuple[Array, None]:
-        reached = [
-            _weigh(order >= (cut | (jnp.uint32(digit) << shift))[:, None], weights) >= total
-            for digit in range(1, 2**bits)
-        ]
-        # A higher cut weighs less, so the digit is how many are reached.
-        digit = functools.reduce(jnp.add, (yes.astype(jnp.uint32) for yes in reached))
-        return cut | (digit << shift), None
+    def raise_cut(cut: Array, bit: Array) -> tuple[Array, None]:
+        higher = cut | bit
+        return jnp.where(_weigh(order >= higher[:, None], weights) >= total, higher, cut), None
 
-    shifts = jnp.arange(32 - bits, -1, -bits, dtype=jnp.uint32)
-    cut, _ = lax.scan(raise_cut, jnp.zeros(logits.shape[0], jnp.uint32), shifts)
+    bits = jnp.uint32(1) << jnp.arange(31, -1, -1, dtype=jnp.uint32)
+    cut, _ = lax.scan(raise_cut, jnp.zeros(logits.shape[0], jnp.uint32), bits)
     better, equal = order > cut[:, None], order == cut[:, None]
     earlier = lax.cumsum(equal.astype(logits.dtype), axis=1) - 1
     before = _weigh(better, weights)[:, None] + earlier * weights

@@ -18,9 +18,11 @@ from jax import lax
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import MixedStack, is_weight
 from ferrum_jax.layers import add_norm, linear, mlp, uses_triton
-from ferrum_jax.moe import add_norm_route, moe_layer
+from ferrum_jax.moe import add_norm_route, moe_layer, router_rows
 
 Params = dict[str, Any]
+
+UNROLL = 4  # layers of a turn of the loop, in a decode step on a GPU
 
 
 class Place(NamedTuple):
@@ -66,8 +68,11 @@ def run_layers(
     y, seen, start = jnp.zeros_like(x), [], 0
     for run in params["layers"]:
         count = run["input_norm"].shape[0]
+        routers = router_rows(run["moe"]["router"], x, cfg) if "moe" in run else None
 
-        def body(carry: tuple, _: None, run: Params = run, start: int = start) -> tuple[tuple, tuple]:
+        def body(
+            carry: tuple, _: None, run: Params = run, start: int = start, routers: Any = routers
+        ) -> tuple[tuple, tuple]:
             index, x, y, state = carry
             at = Place(index, start + index, _window(cfg, start + index), run)
             p = take_layer(run, index)
@@ -78,7 +83,7 @@ def run_layers(
             routing = None
             if "moe" in p:
                 with jax.named_scope("moe"):
-                    x, h, logits = add_norm_route(x, y, run["post_norm"], p["moe"]["router"], cfg, index)
+                    x, h, logits = add_norm_route(x, y, run["post_norm"], routers, cfg, index)
                     y, routing = moe_layer(p["moe"], h, cfg, layer=index, mask=mask, logits=logits)
             else:
                 with jax.named_scope("mlp"):
@@ -86,7 +91,9 @@ def run_layers(
                     y = mlp(p["mlp"], h, cfg, index)
             return (index + 1, x, y, state), ((x + y, routing) if with_aux else (None, None))
 
-        (_, x, y, state), ys = lax.scan(body, (jnp.int32(0), x, y, state), None, length=count)
+        # The loop's own work is a few launches, which weigh where a layer is a few.
+        unroll = UNROLL if uses_triton(cfg) and x.shape[1] == 1 else 1
+        (_, x, y, state), ys = lax.scan(body, (jnp.int32(0), x, y, state), None, length=count, unroll=unroll)
         seen.append(ys)
         start += count
     return x, y, state, seen

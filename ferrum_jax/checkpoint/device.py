@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from ferrum_jax.kernels import MixedStack, PackedLinear
-from ferrum_jax.params import num_bytes
+from ferrum_jax.params import fold_permutations, num_bytes
 from ferrum_jax.plan import Plan
 from ferrum_kernels.tiles import COLUMNS
 
@@ -121,8 +121,8 @@ def place_all(tree: Any, units: list[Unit], feed: Feed, layout: Callable[[Any], 
       layout: how a leaf is laid out on the device, a traceable function that maps matrix by matrix.
 
     Returns:
-      The parameters, laid out; each stack is allocated once. The host holds IN_FLIGHT bytes of units, or the one that
-      is larger.
+      The parameters, laid out and their permutations folded; each stack is allocated once. The host holds IN_FLIGHT
+      bytes of units, or the one that is larger.
 
     Raises:
       Whatever feed raises first; what has not begun by then is left undone.
@@ -150,7 +150,7 @@ def place_all(tree: Any, units: list[Unit], feed: Feed, layout: Callable[[Any], 
             outer.shutdown(wait=False, cancel_futures=True)
             room.close()
             raise
-    return jax.tree.unflatten(structure, stacks.finished())
+    return fold_permutations(jax.tree.unflatten(structure, stacks.finished()))
 
 
 def _threads() -> int:

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from ferrum_jax.cli.bench_about import about
 from ferrum_jax.cli.bench_compare import compare, read_report, text_of_comparison
 from ferrum_jax.cli.bench_roofline import ceilings
-from ferrum_jax.cli.bench_sweep import Sweep, own_compile_cache, sweep
+from ferrum_jax.cli.bench_sweep import LATEST, Sweep, own_compile_cache, sweep
 from ferrum_jax.cli.bench_sweep import lines as rows_as_lines
 from ferrum_jax.cli.options import NO_DEFAULT, Loading, UsageError, load_model, start_jax
 from ferrum_jax.cli.output import Status, emit, size, table
@@ -38,7 +38,8 @@ class Bench(Loading):
 
     Lists make a sweep, a line each: --batch 1,16,64 --context 256,8192 --prefill 128,4096. A decode line writes
     --new-tokens around its context; a prefill line reads one prompt. Each says how near it comes to what the device
-    must at least read or compute (experts touched as expected of equal chances), and lines that do not fit say so.
+    must at least read or compute, where the experts that a step reads are counted, and lines that do not fit say so.
+    Rows of random weights soon write the same tokens, which go to the same experts; --temperature 1 keeps them apart.
 
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -49,6 +50,7 @@ class Bench(Loading):
       batch: prompts at once; several, with commas, make a sweep.
       context: a sweep over contexts of the decode, 256 where only batches are given.
       prefill: a sweep over lengths of prompts.
+      temperature: of the sampling in a sweep.
       repeats: measured runs.
       compare: an earlier report (--json); prints what has changed, as new over old.
       json: print a JSON object.
@@ -62,6 +64,7 @@ class Bench(Loading):
     batch: Annotated[str, arg(metavar="N[,N...]")] = "1"
     context: Annotated[str | None, arg(metavar="N[,N...]", help_behavior_hint=NO_DEFAULT)] = None
     prefill: Annotated[str | None, arg(metavar="N[,N...]", help_behavior_hint=NO_DEFAULT)] = None
+    temperature: Annotated[float, arg(metavar="T")] = 0.0
     repeats: Annotated[int, arg(metavar="N")] = 3
     compare: Annotated[str | None, arg(metavar="FILE", help_behavior_hint=NO_DEFAULT)] = None
     json: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
@@ -94,7 +97,7 @@ class Bench(Loading):
 
     def sweep(self, model: Model) -> dict[str, Any]:
         """Many shapes, a row each."""
-        wanted = Sweep(self.batches, self.contexts, self.prompts, self.new_tokens, self.repeats)
+        wanted = Sweep(self.batches, self.contexts, self.prompts, self.new_tokens, self.repeats, self.temperature)
         wanted.check(model)
         with Status("measuring", self.quiet) as status, own_compile_cache():
             ceiling = ceilings()
@@ -102,7 +105,8 @@ class Bench(Loading):
         return {
             **about(self, model),
             **rows,
-            "experts_touched": "expected of equal chances",
+            "experts_touched": f"counted in a forward pass over the last {LATEST} tokens of every row",
+            "temperature": self.temperature,
             "ceilings": asdict(ceiling),
             "new_tokens": self.new_tokens,
         }
@@ -136,6 +140,10 @@ class Bench(Loading):
         for option, text in (("--batch", self.batch), ("--context", self.context), ("--prefill", self.prefill)):
             if text is not None:
                 numbers(option, text)
+        if self.temperature and not self.is_sweep:
+            raise UsageError("--temperature goes with a sweep; give --batch 1,4, --context or --prefill too.")
+        if self.temperature and not 0.001 <= self.temperature <= 100:
+            raise UsageError(f"--temperature is {self.temperature}; give 0 for greedy, or 0.001 to 100.")
         if self.layers is not None and self.synthetic is None:
             raise UsageError("--layers goes with --synthetic; a checkpoint has the layers it has.")
         if self.new_tokens < 2:

@@ -60,7 +60,17 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         if name in before:
             ratios = {key: values[key] / before[name][key] for key in values if before[name].get(key)}
             rows.append({"row": name, "ratios": ratios})
-    keys = ("model", "layers", "dtype", "implementation", "lm_head_bits", "device", "versions", "new_tokens")
+    keys = (
+        "model",
+        "layers",
+        "dtype",
+        "implementation",
+        "lm_head_bits",
+        "device",
+        "versions",
+        "new_tokens",
+        "temperature",
+    )
     differences = {key: [old[key], new[key]] for key in keys if key in old and key in new and old[key] != new[key]}
     return {
         "rows": rows,

@@ -70,7 +70,9 @@ def experts_touched(cfg: ModelConfig, tokens: int) -> float:
     return cfg.num_experts * (1 - (1 - cfg.top_k / cfg.num_experts) ** tokens) if cfg.num_experts else 0.0
 
 
-def decode_bytes(cfg: ModelConfig, params: dict[str, Any], batch: int, context: float) -> dict[str, float]:
+def decode_bytes(
+    cfg: ModelConfig, params: dict[str, Any], batch: int, context: float, experts: float | None = None
+) -> dict[str, float]:
     """Bytes that one decode step reads at least.
 
     Args:
@@ -78,22 +80,23 @@ def decode_bytes(cfg: ModelConfig, params: dict[str, Any], batch: int, context: 
       params: its parameters, concrete or abstract; their sizes count.
       batch: rows.
       context: tokens that each row holds.
+      experts: of a layer that are read; None takes what equal chances let expect.
 
     Returns:
-      {"weights", "cache"}: experts touched as expected of equal chances, all other weights once, of the embedding
-      the rows that are looked up; keys and values of live tokens, at most a sliding window of them.
+      {"weights", "cache"}: these experts, all other weights once, of the embedding the rows that are looked up; keys
+      and values of live tokens, at most a sliding window of them.
     """
     from ferrum_jax.params import num_bytes
 
     # The projection of a tied model reads all of the embedding.
+    touched = experts_touched(cfg, batch) if experts is None else experts
     looked_up = min(1.0, batch / cfg.vocab_size) if "lm_head" in params else 1.0
     weights = looked_up * num_bytes(params["embed"])
     weights += sum(num_bytes(leaf) for name, leaf in params.items() if name not in ("embed", "layers"))
     for run in params["layers"]:
         rest = dict(run)
         if "moe" in run:
-            experts = num_bytes(run["moe"]["experts"])
-            weights += experts * experts_touched(cfg, batch) / cfg.num_experts
+            weights += num_bytes(run["moe"]["experts"]) * touched / cfg.num_experts
             rest["moe"] = {name: leaf for name, leaf in run["moe"].items() if name != "experts"}
         weights += num_bytes(rest)
     token = 2 * cfg.num_kv_heads * cfg.head_dim * _itemsize(cfg)

@@ -20,8 +20,11 @@ from ferrum_jax.errors import BackendError, CapacityError
 if TYPE_CHECKING:
     from ferrum_jax.buckets import Buckets, CompileRecord
     from ferrum_jax.checkpoint.load import Model
+    from ferrum_jax.generation import Stats
+    from ferrum_jax.sampling import SamplingParams
 
 FILL_TOKENS = 2**14  # tokens of all rows together that one step reads while caches are filled
+LATEST = 16  # tokens of each row that experts are counted over
 SLOTS = 128  # caches are a multiple of this
 TOGETHER = 0.25  # of the mean gap; tokens that arrive closer to each other come from one dispatch
 
@@ -36,6 +39,7 @@ class Sweep:
       prompts: lengths of the prefill lines.
       new_tokens: written per row in a decode line.
       repeats: measured runs of each line.
+      temperature: of the sampling; 0.0 is greedy, where rows of random weights soon write the same tokens.
     """
 
     batches: tuple[int, ...]
@@ -43,6 +47,7 @@ class Sweep:
     prompts: tuple[int, ...]
     new_tokens: int
     repeats: int
+    temperature: float = 0.0
 
     def check(self, model: Model) -> None:
         """Refuse what the model's context does not hold.
@@ -116,17 +121,21 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
     buckets = Buckets(batch=(batch,), prefill=(width,), cache=(slots,))
     needed = _check_cache(model, batch, slots)
     # Short prompts, but as many steps: how many one dispatch takes may depend on their time.
-    compiles = _compile(model, _prompts(model, batch, 1), options.new_tokens, buckets)
+    sampling = _sampling(batch, options.new_tokens, options.temperature)
+    compiles = _compile(model, _prompts(model, batch, 1), sampling, buckets)
     prompts = _prompts(model, batch, start)
-    gaps, rates, first = [], [], []
+    gaps, rates, first, run = [], [], [], None
     for _ in range(options.repeats):
-        arrivals, stats = _timed(model, prompts, options.new_tokens, buckets)
-        if stats.compile_seconds:
-            arrivals, stats = _timed(model, prompts, options.new_tokens, buckets)
+        run = _timed(model, prompts, sampling, buckets)
+        if run.stats.compile_seconds:
+            run = _timed(model, prompts, sampling, buckets)
+        arrivals, stats = run.arrivals, run.stats
         gaps += gaps_of(arrivals)
         rates.append(batch * (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]))
         first.append(stats.first_token_seconds)
-    read = decode_bytes(model.cfg, model.params, batch, context)
+    assert run is not None
+    touched = experts_counted(model, run.written)
+    read = decode_bytes(model.cfg, model.params, batch, context, touched)
     least = None if ceiling.bytes_per_second is None else sum(read.values()) / ceiling.bytes_per_second
     rate = statistics.median(rates)
     return {
@@ -136,6 +145,8 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
         "inter_token_p50_seconds": _quantile(gaps, 0.5),
         "inter_token_p99_seconds": _quantile(gaps, 0.99),
         "first_token_seconds": statistics.median(first),
+        "distinct_tokens": statistics.mean(len(set(tokens)) for tokens in zip(*run.written, strict=True)),
+        "experts_touched": touched,
         "weight_bytes": read["weights"],
         "live_cache_bytes": read["cache"],
         "roofline_tokens_per_second": None if least is None else batch / least,
@@ -152,8 +163,9 @@ def _prefill(model: Model, length: int, options: Sweep, ceiling: Ceilings) -> di
     buckets = Buckets(batch=(1,), cache=(slots,))
     needed = _check_cache(model, 1, slots)
     prompts = _prompts(model, 1, length)
-    compiles = _compile(model, prompts, 2, buckets)
-    first = [_timed(model, prompts, 2, buckets)[1].first_token_seconds for _ in range(options.repeats)]
+    sampling = _sampling(1, 2, options.temperature)
+    compiles = _compile(model, prompts, sampling, buckets)
+    first = [_timed(model, prompts, sampling, buckets).stats.first_token_seconds for _ in range(options.repeats)]
     seconds = statistics.median(first)
     peak = ceiling.flops_per_second
     return {
@@ -189,18 +201,64 @@ def _prompts(model: Model, batch: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, model.cfg.vocab_size, (batch, length)).tolist()
 
 
-def _timed(model: Model, prompts: list[list[int]], new_tokens: int, buckets: Buckets) -> tuple[list[float], Any]:
-    """(when each token of the first row came, the stats of the last step)."""
+def _sampling(batch: int, new_tokens: int, temperature: float) -> list[SamplingParams]:
+    """Of each row; with a seed of its own, so that rows draw different tokens."""
+    from ferrum_jax.sampling import SamplingParams
+
+    options: dict[str, Any] = {"max_tokens": new_tokens, "ignore_eos": True, "temperature": temperature}
+    return [SamplingParams(**options, seed=row if temperature else None) for row in range(batch)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """When each token of the first row came, the stats of the last step, what each row has written."""
+
+    arrivals: list[float]
+    stats: Stats
+    written: list[list[int]]
+
+
+def _timed(model: Model, prompts: list[list[int]], sampling: list[SamplingParams], buckets: Buckets) -> _Run:
     from ferrum_jax.generation import stream_batch
 
     arrivals, stats = [], None
-    for step in stream_batch(model, prompts, max_tokens=new_tokens, ignore_eos=True, buckets=buckets):
+    written: list[list[int]] = [[] for _ in prompts]
+    for step in stream_batch(model, prompts, sampling, buckets=buckets):
         if step.finish_reason == "nonfinite_logits":
             raise BackendError("the model gave logits that are NaN or infinite, so its speed means nothing.")
         if step.row == 0:
             arrivals.append(time.perf_counter())
         stats = step.stats
-    return arrivals, stats
+        written[step.row].append(step.token)
+    assert stats is not None
+    return _Run(arrivals, stats, written)
+
+
+def experts_counted(model: Model, written: list[list[int]]) -> float | None:
+    """How many experts of a layer a decode step reads, counted in a forward pass over the latest tokens of every row.
+
+    Args:
+      model: that wrote them.
+      written: tokens of each row, all of one length; the pass sees the last LATEST of them and nothing before.
+
+    Returns:
+      The mean over MoE layers, at the last token; None for a model without experts.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from ferrum_jax.model import forward
+
+    if not model.cfg.num_experts:
+        return None
+
+    def chosen(params: Any, tokens: Any) -> list[Any]:
+        _, aux = forward(params, tokens, model.cfg, with_aux=True)
+        return [routing.experts[:, :, -1] for routing in aux.routing if routing is not None]
+
+    tokens = jnp.asarray([row[-LATEST:] for row in written], jnp.int32)
+    layers = [layer for run in jax.device_get(jax.jit(chosen)(model.params, tokens)) for layer in run]
+    return statistics.mean(len(set(layer.ravel().tolist())) for layer in layers)
 
 
 def gaps_of(arrivals: Sequence[float]) -> list[float]:
@@ -230,14 +288,16 @@ def _quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
-def _compile(model: Model, prompts: list[list[int]], new_tokens: int, buckets: Buckets) -> dict[str, Any]:
+def _compile(
+    model: Model, prompts: list[list[int]], sampling: list[SamplingParams], buckets: Buckets
+) -> dict[str, Any]:
     """Compile what a line needs, then once more with what the compile cache has kept."""
     from ferrum_jax.generation import steps_for
 
     records: list[list[CompileRecord]] = []
     for _ in range(2):
         steps_for.cache_clear()
-        _timed(model, prompts, new_tokens, buckets)
+        _timed(model, prompts, sampling, buckets)
         records.append(steps_for(model.cfg).records())
     cold, warm = records
     return {
@@ -271,6 +331,9 @@ def own_compile_cache() -> Iterator[None]:
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The rows of a sweep for people."""
 
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.0f} %"
 
@@ -289,7 +352,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         fitting = [row for row in rows if row["fits"]]
         if fitting:
             decode = name == "decode"
-            middle = ("p50 ms", "p99 ms") if decode else ("first token ms",)
+            middle = ("p50 ms", "p99 ms", "experts") if decode else ("first token ms",)
             header = (*keys, "tok/s", *middle, "of roofline", "cache", "compile s", "warm s")
             cells = []
             for row in fitting:
@@ -303,6 +366,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
                         *(str(row[key]) for key in keys),
                         f"{row['tokens_per_second']:.0f}",
                         *(f"{1e3 * value:.2f}" for value in times),
+                        *((number(row["experts_touched"]),) if decode else ()),
                         percent(row["roofline_fraction"]),
                         size(row["cache_bytes"]),
                         *compiling(row),

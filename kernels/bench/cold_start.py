@@ -24,13 +24,16 @@ imported = time.time()
 device = jax.devices()[0]
 jax.block_until_ready(jax.device_put(1.0))
 started = time.time()
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = most()
 options = json.loads(sys.argv[2])
 model = fj.load(sys.argv[1], **options)
 jax.block_until_ready(model.params)
 loaded = time.time()
 stats = lambda key: (device.memory_stats() or {}).get(key)
 peak = stats("peak_bytes_in_use")
-rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+rss = most()
 step = next(fj.stream_generate(model, [11] * 128, max_tokens=2, ignore_eos=True))
 done = time.time()
 print(json.dumps({
@@ -43,6 +46,7 @@ print(json.dumps({
     "first_token": done - loaded - step.stats.compile_seconds,
     "total": done - began,
     "host_peak_bytes": rss,
+    "host_before_bytes": before,
     "device_peak_bytes": peak,
     "parameter_bytes": model.report.bytes_held,
     "device_kind": device.device_kind,
@@ -80,11 +84,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{'start':26}" + "".join(f"{name:>12}" for name in PHASES) + f"{'host GiB':>10}{'device GiB':>12}")
+    print(
+        f"{'start':26}" + "".join(f"{name:>12}" for name in PHASES) + f"{'host GiB':>10}{'before':>8}{'device GiB':>12}"
+    )
     for name, row in rows.items():
-        peaks = row["host_peak_bytes"] / 2**30, (row["device_peak_bytes"] or 0) / 2**30
+        peaks = [(row[key] or 0) / 2**30 for key in ("host_peak_bytes", "host_before_bytes", "device_peak_bytes")]
         seconds = "".join(f"{row[phase]:12.2f}" for phase in PHASES)
-        print(f"{name:26}{seconds}{peaks[0]:10.2f}{peaks[1]:12.2f}")
+        print(f"{name:26}{seconds}{peaks[0]:10.2f}{peaks[1]:8.2f}{peaks[2]:12.2f}")
     print(f"parameters {row['parameter_bytes'] / 2**30:.2f} GiB, {row['device_kind']}, jax {row['jax']}")
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels import dequantize, triton
+from ferrum_kernels import default_implementation, dequantize, mosaic, triton
 from ferrum_kernels.tiles import TiledLinear, untile
 
 # vLLM 0.24's moe_wna16_marlin_gemm with moe_align_block_size, silu_and_mul and moe_sum, in a CUDA graph, without the
@@ -68,7 +68,14 @@ def route_logits(rng: np.random.Generator, tokens: int, experts: int, routing: s
 
 
 def rows(
-    cfg: Any, name: str, tokens: list[int], layers: int, repeats: int, routing: str, check: bool = False
+    cfg: Any,
+    name: str,
+    tokens: list[int],
+    layers: int,
+    repeats: int,
+    routing: str,
+    check: bool = False,
+    implementation: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One measurement per number of tokens; with `check` each is preceded by a comparison with float32.
 
@@ -77,22 +84,24 @@ def rows(
     """
     d, f, e, top_k = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts, cfg.top_k
     stacks = random_stack(1, (layers, e), d, 2 * f, 128), random_stack(2, (layers, e), f, d, 128)
+    routed_experts = backend(implementation).routed_experts
     for count in tokens:
         rng = np.random.default_rng(count)
         logits = [jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)]
         x = jnp.asarray(rng.standard_normal((count, d)), cfg.dtype)
 
-        def run(x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
+        def run(memory: jax.Array, x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
             for layer in range(layers):
-                x, _, _ = triton.routed_experts(x, logits[layer], None, top_k, True, stacks[0], stacks[1], layer)
+                x, _, _ = routed_experts(x, logits[layer], None, top_k, True, stacks[0], stacks[1], layer)
             return x
 
         began = time.perf_counter()
-        step = jax.jit(run).lower(x, logits, stacks).compile()
+        # The result takes the last result's memory: a CUDA graph whose memory has moved is changed first.
+        step = jax.jit(run, donate_argnums=0, keep_unused=True).lower(x, x, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
-        error = checked(stacks, count, top_k, routing, cfg.dtype) if check else None
-        took = [seconds / layers * 1e6 for seconds in times(step, (x, logits, stacks), repeats)]
-        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(x, logits, stacks)))  # noqa: B023
+        error = checked(stacks, count, top_k, routing, cfg.dtype, implementation) if check else None
+        took = [seconds / layers * 1e6 for seconds in times(step, jnp.copy(x), (x, logits, stacks), repeats)]
+        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(jnp.copy(x), x, logits, stacks)))  # noqa: B023
         chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
         live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
         nbytes = sum(stack.nbytes for stack in stacks) / layers / e * live
@@ -115,27 +124,44 @@ def rows(
             "compile_seconds": compile_seconds,
             "relative_error": error,
             "clocks": clocks,
-            "cut": [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in _cut(count, cfg)],
+            "cut": _cut(count * top_k, *stacks, implementation),
         }
 
 
-def times(step: Callable[..., Any], arguments: Sequence[Any], repeats: int, seconds: float = 0.01) -> list[float]:
-    """Seconds per call, two to 50 calls queued behind each other, about `seconds` of work."""
-    jax.block_until_ready(step(*arguments))
+def times(
+    step: Callable[..., Any], memory: Any, arguments: Sequence[Any], repeats: int, seconds: float = 0.01
+) -> list[float]:
+    """Seconds per call, two to 50 calls queued behind each other, about `seconds` of work.
+
+    Args:
+      step: compiled; its first argument is donated memory for its result.
+      memory: for the first result.
+      arguments: the others.
+      repeats: how many times are returned.
+      seconds: of work to time at once.
+    """
+    y = jax.block_until_ready(step(memory, *arguments))
     began = time.perf_counter()
-    jax.block_until_ready(step(*arguments))
+    y = jax.block_until_ready(step(y, *arguments))
     calls = int(min(50, max(2, seconds / (time.perf_counter() - began))))
     took = []
     for _ in range(repeats):
         began = time.perf_counter()
         for _ in range(calls):
-            y = step(*arguments)
+            y = step(y, *arguments)
         jax.block_until_ready(y)
         took.append((time.perf_counter() - began) / calls)
     return took
 
 
-def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, routing: str, dtype: Any) -> float:
+def checked(
+    stacks: tuple[TiledLinear, TiledLinear],
+    count: int,
+    top_k: int,
+    routing: str,
+    dtype: Any,
+    implementation: str | None = None,
+) -> float:
     """The relative error of one layer on fresh random inputs, some tokens of it against float32.
 
     What must not be read is NaN: the scales of other layers and of experts that no token chose. What must be written
@@ -154,10 +180,11 @@ def checked(stacks: tuple[TiledLinear, TiledLinear], count: int, top_k: int, rou
 
     @jax.jit
     def run(x: jax.Array, logits: jax.Array, up: TiledLinear, down: TiledLinear) -> tuple[jax.Array, jax.Array]:
-        ids, weights, live, counts = triton.route(logits, None, top_k, True)
+        ids, *_ = triton.route(logits, None, top_k, True)
         dead = jnp.ones((layers, experts, 1, 1), bool).at[at, ids.reshape(-1)].set(False)
         up, down = (dataclasses.replace(w, scales=jnp.where(dead, jnp.nan, w.scales)) for w in (up, down))
-        return triton.experts(x, live, weights, counts, up, down, at), ids
+        y, ids, _ = backend(implementation).routed_experts(x, logits, None, top_k, True, up, down, at)
+        return y, ids
 
     for shape in ((count * top_k, down.k), (count * top_k, up.k), (count, up.k)):
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.float32)).delete()
@@ -203,10 +230,18 @@ def _float32(
     return y
 
 
-def _cut(tokens: int, cfg: Any) -> tuple[Any, ...]:
-    from ferrum_kernels.triton_tiles import expert_tiles
+def backend(implementation: str | None) -> Any:
+    """The module whose layer runs under a name; None stands for the device's best."""
+    return mosaic if (implementation or default_implementation()) == mosaic.NAME else triton
 
-    return expert_tiles(tokens * cfg.top_k, cfg.num_experts)
+
+def _cut(pairs: int, gate_up: TiledLinear, down: TiledLinear, implementation: str | None) -> list[Any]:
+    """How the two products are cut: both as objects, with the rows of a block where there are blocks."""
+    from ferrum_kernels.triton_tiles import expert_tiles, few_cuts
+
+    parts = backend(implementation) is mosaic and mosaic.rings(pairs, down.num_experts)
+    parts = parts or few_cuts(pairs, down.num_experts, gate_up, down) or expert_tiles(pairs, down.num_experts)
+    return [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
 
 
 HEADER = (

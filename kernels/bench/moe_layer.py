@@ -24,6 +24,7 @@ import numpy as np
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.moe import moe_layer
 from ferrum_jax.params import random_params
+from ferrum_kernels import mosaic
 
 
 def measure(layers: list[Any], cfg: Any, tokens: int, repeats: int, seed: int) -> dict[str, Any]:
@@ -61,7 +62,10 @@ def on_a_gpu(cfg: Any, options: argparse.Namespace, device: dict[str, Any]) -> N
     found = []
     if not options.json:
         print(device, f"routing: {options.routing}", gpu_table.HEADER, sep="\n", flush=True)
-    name, how = options.config.stem, (options.layers, options.repeats, options.routing, options.check)
+    name, how = (
+        options.config.stem,
+        (options.layers, options.repeats, options.routing, options.check, options.implementation),
+    )
     try:
         for row in gpu_table.rows(cfg, name, counts, *how):
             found.append(row)
@@ -102,7 +106,7 @@ def main() -> None:
         of_compiling(options)
         return
     cfg = load_toml_config(options.config)
-    on_gpu = jax.default_backend() == "gpu" and options.implementation in (None, "triton")
+    on_gpu = jax.default_backend() == "gpu" and options.implementation in (None, *mosaic.NAMES)
     options.layers = options.layers or (8 if on_gpu else 3)
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.tokens = options.tokens or ("1,4,8,16,64,256,1024,4096" if on_gpu else "1,4,16,64,512")

@@ -105,7 +105,8 @@ def draw(report: dict[str, Any]) -> Any:
     axes.set_ylabel("tokens per second, all rows")
     name = Path(report["model"]).stem
     axes.set_title(f"Decode: {name}, {report['layers']} layers", loc="left", fontsize=11, fontweight="bold", pad=20)
-    subtitle = f"{report['device']['kind']}, jax {report['versions']['jax']}, {report['date']}; higher is better"
+    drawn = f", sampled at temperature {report['temperature']:g}" if report.get("temperature") else ""
+    subtitle = f"{report['device']['kind']}, jax {report['versions']['jax']}, {report['date']}{drawn}; higher is better"
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="#555555")
     return figure
 

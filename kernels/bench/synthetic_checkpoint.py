@@ -26,7 +26,7 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.plan import FormatOf, config_formats
 from ferrum_jax.sources import Linear, Vector, layer_sources, top_sources
-from ferrum_kernels.bits import words_for
+from ferrum_kernels.bits import centred, words_for
 
 POOL = 2**23  # random words to cut tensors from
 THREADS = 8  # shards that are written at once, at most
@@ -97,7 +97,8 @@ class Pools:
 
     def __init__(self, cfg: ModelConfig, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.words = rng.integers(0, 2**32, POOL, np.uint32)
+        bits = cfg.quant.bits if cfg.quant is not None else 4
+        self.words = centred(rng.integers(0, 2**32, POOL, np.uint32), bits)
         self.normal = rng.standard_normal(POOL, np.float32)
         self.uniform = rng.uniform(0.5, 1.5, POOL // 8).astype(np.float32)
         self.stored = 0 if cfg.quant is not None and cfg.quant.checkpoint_format == "gptq_v2" else 1

@@ -27,8 +27,8 @@ from tune_cases import Case
 ROOT = Path(__file__).parents[2]
 TUNED = ROOT / "kernels" / "ferrum_kernels" / "tuned"
 NOTE = (
-    "tile: rows of a block (0: one per pair), outputs, warps, stages, blocks of weights per turn; load: most pairs per "
-    "expert, or most rows; microseconds: up, down and place, or of each shape"
+    "tile: rows of a block, outputs, warps, stages, blocks of weights per turn; load: most pairs per expert, or most "
+    "rows; microseconds: up, down and place, or of each shape"
 )
 
 
@@ -125,12 +125,12 @@ def _try(step: Any, *arguments: Any) -> Any:
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def timer(options: argparse.Namespace, d: int, f: int, experts: int) -> Callable[[Case], Any]:
+def timer(options: argparse.Namespace, d: int, f: int, experts: int, top_k: int) -> Callable[[Case], Any]:
     """Lowers a case; see `run`. Times are microseconds per kernel."""
     import gpu_table
     import tune_device
 
-    bench = tune_device.Bench(d, f, experts, options.layers)
+    bench = tune_device.Bench(d, f, experts, top_k, options.layers)
 
     def lower(case: Case) -> Callable[[], Callable[[], float | str]]:
         program = bench.program(case)
@@ -140,15 +140,10 @@ def timer(options: argparse.Namespace, d: int, f: int, experts: int) -> Callable
             compiled = lowered.compile()
 
             def timed() -> float | str:
-                results = [compiled(program.memory(), *program.arguments)]
-                if (error := program.error(results[0])) > tune_device.LARGEST_ERROR:
+                results = compiled(program.memory(), *program.arguments)
+                if (error := program.error(results)) > tune_device.LARGEST_ERROR:
                     return f"relative error {error:.1e}"
-
-                def again(*arguments: Any) -> Any:
-                    results[0] = compiled(results[0], *arguments)
-                    return results[0]
-
-                took = gpu_table.times(again, program.arguments, options.repeats, tune_device.SECONDS)
+                took = gpu_table.times(compiled, results, program.arguments, options.repeats, tune_device.SECONDS)
                 return statistics.median(took) * 1e6 / program.kernels
 
             return timed
@@ -159,19 +154,29 @@ def timer(options: argparse.Namespace, d: int, f: int, experts: int) -> Callable
 
 
 def make_table(
-    options: argparse.Namespace, config: Any, cases: Sequence[Case], log: Log, device: str, old: dict[str, Any]
+    options: argparse.Namespace, sizes: tuple[int, int, int], cases: Sequence[Case], log: Log, device: str, old: Any
 ) -> dict[str, Any]:
-    """The table of a device; parts that were not asked for are the old table's."""
-    d, f, experts = config
-    table = {
+    """The table of a device; what was not measured is as in the old table.
+
+    Args:
+      options: its loads, rows and the name of its config.
+      sizes: hidden size, intermediate size, experts.
+      cases: that were to be measured.
+      log: results.
+      device: its kind.
+      old: the table so far, for a new device that of its relative.
+    """
+    d, f, experts = sizes
+    return {
+        **old,
         "device": device,
         "date": datetime.date.today().isoformat(),
         "shapes": f"{options.config.stem}: {experts} experts of {d} x {2 * f} and {f} x {d}, 4 bits, groups of 128",
         "note": NOTE,
-        "experts": cases_of.expert_rows(cases, log.results, options.loads, experts) or old.get("experts", []),
-        "rows": cases_of.row_rows(cases, log.results, options.rows) or old.get("rows", []),
+        "few": cases_of.few_rows(cases, log.results, old["few"], f),
+        "experts": cases_of.expert_rows(cases, log.results, options.loads, experts) or old["experts"],
+        "rows": cases_of.row_rows(cases, log.results, options.rows) or old["rows"],
     }
-    return table
 
 
 def file_of(device_kind: str) -> Path:
@@ -188,12 +193,16 @@ def file_of(device_kind: str) -> Path:
 def text_of(table: dict[str, Any]) -> str:
     """A table for people."""
     lines = [f"{table['device']}, {table['shapes']}"]
-    for entry in table["experts"]:
-        us = " ".join(f"{t:8.1f}" for t in entry.get("microseconds", []))
-        lines.append(f"load <= {entry['load']!s:8} up {entry['up']!s:22} down {entry['down']!s:22} {us} us")
-    for entry in table["rows"]:
-        us = " ".join(f"{t:8.1f}" for t in entry.get("microseconds", []))
-        lines.append(f"rows <= {entry['load']!s:8} {entry['tile']!s:22} {us} us")
+    parts = [
+        ("few: outputs", "outputs", table["few"]["cuts"]),
+        ("pairs per expert", "load", table["experts"]),
+        ("rows", "load", table["rows"]),
+    ]
+    for title, name, entries in parts:
+        for entry in entries:
+            us = " ".join(f"{t:8.1f}" for t in entry.get("microseconds", []))
+            cuts = (f"{k} {entry[k]!s:22}" for k in ("up", "down", "tile") if k in entry)
+            lines.append(f"{title:16} <= {entry[name]!s:8} {' '.join(cuts):54} {us} us")
     return "\n".join(lines)
 
 
@@ -241,7 +250,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=numbers(int), default=list(cases_of.ROWS), help="rows of single products; empty: none"
     )
-    parser.add_argument("--layers", type=int, default=8, help="matrices, or layers of experts, in rotation")
+    parser.add_argument("--few", default=True, action=argparse.BooleanOptionalAction, help="the kernels for few tokens")
+    parser.add_argument("--layers", type=int, default=16, help="matrices, or layers of experts, in rotation")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="that compile")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
@@ -263,9 +273,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     cfg = load_toml_config(options.config)
     d, f, experts = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
+    old = triton_tiles.table(jax.devices()[0].device_kind)
     cases = cases_of.expert_cases(d, f, experts, options.loads) + cases_of.row_cases(options.rows)
+    if options.few:
+        cases += cases_of.few_cases(d, f, experts, cfg.top_k, old["few"])
     if options.near:
-        cases = cases_of.near(cases, triton_tiles.table(jax.devices()[0].device_kind), experts)
+        cases = cases_of.near(cases, old, experts)
     log = Log(options.log, source_of_kernels())
     todo = len(left(cases, log))
     if options.dry_run:
@@ -281,19 +294,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     report, finish = progress(len(cases), len(cases) - todo)
     try:
-        compile_one = timer(options, d, f, experts)
+        compile_one = timer(options, d, f, experts, cfg.top_k)
         todo = run(cases, log, compile_one, seconds=options.budget_seconds, threads=options.threads, report=report)
     finally:
         finish()
     device = jax.devices()[0].device_kind
     out = options.out or file_of(device)
-    old = json.loads(out.read_text("utf-8")) if out.exists() else {}
     table = make_table(options, (d, f, experts), cases, log, device, old)
     if todo:
         print(f"{todo} of {len(cases)} candidates are not measured yet: run this again.", file=sys.stderr)
         print(f"{out} is as it was.", file=sys.stderr)
     else:
-        out.write_text(cases_of.as_text(table), "utf-8")
+        out.write_text(cases_of.as_text(table) + "\n", "utf-8")
         print(f"wrote {out}", file=sys.stderr)
     print(json.dumps(table) if options.json else text_of(table))
     return 0

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ferrum_kernels.tiles import PLANE
+from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import LEAST_ROWS, Tile
 from ferrum_kernels.triton_tiles import fit
 
-LOADS = (0.0625, 0.25, 0.5, 1.0, 4.0, 8.0, 16.0, 64.0, 256.0)  # pairs per expert
-ROWS = (1, 8, 16, 64, 256, 1024, 4096)
+LOADS = (1.0, 4.0, 8.0, 16.0, 64.0, 256.0)  # pairs per expert, in blocks of an expert's pairs
+FEW_TOKENS = (1, 2, 4, 8, 16, 32)  # as far as the table says that few tokens go
+ROWS = (8, 16, 64, 256, 1024, 4096)
 ROW_SHAPES = ((2048, 4096), (2048, 512), (4096, 2048))  # inputs and outputs: query, key or value, output
 SHARED_MEMORY = 227 * 1024  # bytes that a program of a Hopper GPU may use
 ACCUMULATORS = 128  # registers of a thread that sums may take
@@ -35,10 +37,12 @@ class Case:
     """One kernel to time.
 
     Attributes:
-      product: "up" (gate and up with silu(gate) * up), "down", "place" or "rows".
+      product: "up" (gate and up with silu(gate) * up) and "down" by blocks, "few_up" and "few_down" with few tokens,
+        "place", or "rows" for the single product.
       k, n: inputs and outputs of one matrix; for "place" the experts and 0.
       load: pairs of the expert layer, or rows of the single product.
-      cut: rows of a block (0: one per pair), outputs, warps, stages, blocks of weights per turn; for "place" the rows.
+      cut: as the table has it. Rows of a block, outputs, warps, stages, blocks of weights per turn; with few tokens
+        outputs, most blocks of a segment, warps, stages, blocks per turn; for "place" the rows of a block.
     """
 
     product: str
@@ -53,21 +57,35 @@ class Case:
         return f"{self.product} {self.k}x{self.n} {self.load} {','.join(map(str, self.cut))}"
 
     @property
+    def columns(self) -> int:
+        """Outputs that programs share out among each other."""
+        return self.n // 2 if self.product in ("up", "few_up") else self.n
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 4-bit weights down the inputs."""
+        return -(-self.k // (4 * PLANE))
+
+    @property
     def tile(self) -> Tile:
-        """As the product takes it; the same reading as triton_tiles has."""
+        """As the product by blocks takes it; the same reading as triton_tiles has."""
         _, n, warps, stages, step = self.cut
         return Tile(n, warps, stages, merge=n >= 64 and warps >= 4, step=step)
 
+    @property
+    def few(self) -> Cut:
+        """As the kernels for few tokens take it; the same reading as triton_tiles has."""
+        n, most, warps, stages, step = self.cut
+        return Cut(n, self.blocks // most, warps, stages, step, merge=warps >= 4)
 
-def is_valid(case: Case, bits: int = 4) -> bool:
-    """Whether the cut divides the weight as it is, and fits shared memory and registers."""
+
+def is_valid(case: Case) -> bool:
+    """Whether the cut of a product by blocks divides the weight as it is, and fits shared memory and registers."""
     block, n, warps, stages, step = case.cut
-    gated = case.product == "up"
-    run = PLANE * 16 // bits
-    if case.k % run or fit(case.tile, case.n // 2 if gated else case.n, case.k // run) != case.tile:
+    if case.k % (4 * PLANE) or fit(case.tile, case.columns, case.blocks) != case.tile:
         return False
-    width, matrices = max(LEAST_ROWS, block), 2 if gated else 1
-    flight = stages * step * (matrices * n * PLANE * 2 + width * run * 2)
+    width, matrices = max(LEAST_ROWS, block), 2 if case.product == "up" else 1
+    flight = stages * step * (matrices * n * PLANE * 2 + width * 4 * PLANE * 2)
     return flight <= SHARED_MEMORY and matrices * n * width <= ACCUMULATORS * 32 * warps
 
 
@@ -86,18 +104,33 @@ def _blocks(mean: float) -> list[int]:
 
 
 def expert_cases(d: int, f: int, experts: int, loads: Sequence[float]) -> list[Case]:
-    """Every candidate of the expert products of hidden size d and intermediate size f."""
+    """Every candidate of the expert products of hidden size d and intermediate size f, by blocks."""
     cases: list[Case] = []
     for load in loads:
         pairs = pairs_of(load, experts)
-        mean = pairs / experts
-        for product, k, n in (("up", d, 2 * f), ("down", f, d)):
-            if mean <= 0.5:
-                cases += _cuts(product, k, n, pairs, [0], THIN)
-            if mean >= 0.25:
-                cases += _cuts(product, k, n, pairs, _blocks(mean), WIDE)
-        if mean >= 0.25:
-            cases += [Case("place", experts, 0, pairs, (block,)) for block in _blocks(mean)]
+        blocks = _blocks(pairs / experts)
+        cases += _cuts("up", d, 2 * f, pairs, blocks, WIDE)
+        cases += _cuts("down", f, d, pairs, blocks, WIDE)
+        cases += [Case("place", experts, 0, pairs, (block,)) for block in blocks]
+    return cases
+
+
+def few_cases(d: int, f: int, experts: int, top_k: int, few: Mapping[str, Any]) -> list[Case]:
+    """Every candidate of the kernels for few tokens, as far as a table says that those go."""
+    most = min(few["pairs"], few["load"] * experts)
+    cases = []
+    for tokens, (product, k, n) in itertools.product(FEW_TOKENS, (("few_up", d, 2 * f), ("few_down", f, d))):
+        members = 1 if product == "few_up" else 1 << (top_k - 1).bit_length()
+        for outputs, splits, warps, flight in itertools.product((16, 32, 64), (1, 2, 4, 8), (2, 4, 8), FLIGHTS[:5]):
+            blocks = k // (4 * PLANE)
+            if tokens * top_k > most or blocks % splits or blocks // splits % flight[1] or f % 16:
+                continue
+            case = Case(product, k, n, tokens * top_k, (outputs, blocks // splits, warps, *flight))
+            rows, width = outputs * members * splits, max(LEAST_ROWS, members * splits)
+            sums = rows * width * (2 if product == "few_up" else 1)
+            # Warps without 16 rows of their own would repeat another's.
+            if case.columns % outputs == 0 and rows >= 16 * warps and sums <= ACCUMULATORS * 32 * warps:
+                cases.append(case)
     return cases
 
 
@@ -112,21 +145,30 @@ def row_cases(rows: Sequence[int], shapes: Sequence[tuple[int, int]] = ROW_SHAPE
     return cases
 
 
+def serving(rows: Sequence[Mapping[str, Any]], name: str, load: float) -> int:
+    """The number of the entry that serves a load: the first whose end is not below it."""
+    return next(i for i, row in enumerate(rows) if row[name] is None or load <= row[name])
+
+
 def near(cases: Sequence[Case], table: Mapping[str, Any], experts: int) -> list[Case]:
-    """The cases that differ from the table's entry for their load in at most two of its five numbers."""
+    """The cases that differ from the table's entry for their load in at most two of its numbers."""
 
     def entry(case: Case) -> Sequence[int]:
-        single = case.product == "rows"
-        load = case.load if single else case.load / experts
-        rows = table["rows" if single else "experts"]
-        row = next(row for row in rows if row["load"] is None or load <= row["load"])
-        return row["tile" if single else case.product]
+        if case.product == "place":
+            return case.cut
+        if case.product == "rows":
+            return table["rows"][serving(table["rows"], "load", case.load)]["tile"]
+        if case.product.startswith("few"):
+            features = case.columns if case.product == "few_up" else case.k
+            cuts = table["few"]["cuts"]
+            n, most, *rest = cuts[serving(cuts, "outputs", case.load * features)][case.product.removeprefix("few_")]
+            splits = 1  # as triton_tiles makes it fit
+            while case.blocks % (2 * splits) == 0 and case.blocks > most * splits:
+                splits *= 2
+            return [n, case.blocks // splits, *rest]
+        return table["experts"][serving(table["experts"], "load", case.load / experts)][case.product]
 
-    return [
-        case
-        for case in cases
-        if case.product == "place" or sum(a != b for a, b in zip(case.cut, entry(case), strict=True)) <= 2
-    ]
+    return [case for case in cases if sum(a != b for a, b in zip(case.cut, entry(case), strict=True)) <= 2]
 
 
 def pairs_of(load: float, experts: int) -> int:
@@ -155,71 +197,84 @@ def best(cases: Sequence[Case], results: Mapping[str, Any]) -> tuple[Case, float
     return case, microseconds
 
 
-def expert_rows(cases: Sequence[Case], results: Mapping[str, Any], loads: Sequence[float], experts: int) -> list[dict]:
-    """The table's "experts": both products with blocks of their own for each pair, or both without, as is faster.
+def best_of_all(cases: Sequence[Case], results: Mapping[str, Any]) -> tuple[tuple[int, ...], list[float]] | None:
+    """The cut that suits several shapes or loads: whose times, each over the best of its kind, have the least sum.
 
-    Pairs that share experts need the kernel that places them, whose time counts. An entry is left out where a product
-    has no measurement.
+    Returns:
+      The cut and its microseconds by (inputs, outputs, load), or None where no cut was measured for all kinds.
     """
+    least: dict[tuple[int, ...], float] = {}
+    times: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
+    for case in cases:
+        if isinstance(time := results.get(case.key), float):
+            kind = case.k, case.n, case.load
+            least[kind] = min(least.get(kind, math.inf), time)
+            times.setdefault(case.cut, {})[kind] = time
+    whole = {cut: found for cut, found in times.items() if len(found) == len(least)}
+    if not whole:
+        return None
+    cut = min(whole, key=lambda cut: (round(sum(t / least[kind] for kind, t in whole[cut].items()), 3), cut))
+    return cut, [round(time, 1) for _, time in sorted(whole[cut].items())]
+
+
+def expert_rows(cases: Sequence[Case], results: Mapping[str, Any], loads: Sequence[float], experts: int) -> list[dict]:
+    """The table's "experts"; an entry is left out where a kernel has no measurement."""
     entries = []
     for load, end in zip(loads, thresholds(loads), strict=True):
-        pairs = pairs_of(load, experts)
-        here = [case for case in cases if case.load == pairs and case.product != "rows"]
-        ways = []
-        for alone in (True, False):
-            up, down = (
-                best([c for c in here if c.product == product and (c.cut[0] == 0) == alone], results)
-                for product in ("up", "down")
-            )
-            if up is None or down is None:
-                continue
-            # Both products share the places of the larger block.
-            block = max(up[0].cut[0], down[0].cut[0])
-            place = 0.0 if alone else results.get(Case("place", experts, 0, pairs, (block,)).key)
-            if isinstance(place, float):
-                ways.append((round(up[1] + down[1] + place, 1), not alone, up, down, place))
-        if ways:
-            _, _, up, down, place = min(ways, key=lambda way: way[:2])
-            entries.append(
-                {
-                    "load": end,
-                    "up": list(up[0].cut),
-                    "down": list(down[0].cut),
-                    "microseconds": [up[1], down[1], round(place, 1)],
-                }
-            )
+        here = [case for case in cases if case.load == pairs_of(load, experts)]
+        up, down = (best([case for case in here if case.product == product], results) for product in ("up", "down"))
+        if up is None or down is None:
+            continue
+        # Both products share the places of the larger block.
+        block = max(up[0].cut[0], down[0].cut[0])
+        place = results.get(Case("place", experts, 0, pairs_of(load, experts), (block,)).key)
+        if isinstance(place, float):
+            cuts = {"up": list(up[0].cut), "down": list(down[0].cut)}
+            entries.append({"load": end, **cuts, "microseconds": [up[1], down[1], round(place, 1)]})
     return entries
+
+
+def few_rows(cases: Sequence[Case], results: Mapping[str, Any], few: Mapping[str, Any], f: int) -> dict[str, Any]:
+    """The table's "few": its own, with new cuts in the entries that serve what was measured."""
+    cuts = [dict(entry) for entry in few["cuts"]]
+    for i, entry in enumerate(cuts):
+        here = [case for case in cases if case.product.startswith("few")]
+        here = [case for case in here if serving(cuts, "outputs", case.load * f) == i]
+        up, down = (
+            best_of_all([case for case in here if case.product == product], results)
+            for product in ("few_up", "few_down")
+        )
+        if up is not None and down is not None:
+            entry |= {"up": list(up[0]), "down": list(down[0]), "microseconds": [up[1][-1], down[1][-1]]}
+    return {**few, "cuts": cuts}
 
 
 def row_rows(cases: Sequence[Case], results: Mapping[str, Any], rows: Sequence[int]) -> list[dict]:
-    """The table's "rows": the cut whose times, each over the best of its shape, have the least sum."""
+    """The table's "rows"; an entry is left out where no cut was measured for all shapes."""
     entries = []
     for count, end in zip(rows, thresholds(rows), strict=True):
         here = [case for case in cases if case.product == "rows" and case.load == count]
-        least: dict[tuple[int, int], float] = {}
-        times: dict[tuple[int, ...], dict[tuple[int, int], float]] = {}
-        for case in here:
-            if isinstance(time := results.get(case.key), float):
-                shape = case.k, case.n
-                least[shape] = min(least.get(shape, math.inf), time)
-                times.setdefault(case.cut, {})[shape] = time
-        whole = {cut: found for cut, found in times.items() if len(found) == len(least)}
-        if not whole:
-            continue
-        cut = min(whole, key=lambda cut: (round(sum(t / least[shape] for shape, t in whole[cut].items()), 3), cut))
-        entries.append(
-            {"load": end, "tile": list(cut), "microseconds": [round(t, 1) for _, t in sorted(whole[cut].items())]}
-        )
+        if (found := best_of_all(here, results)) is not None:
+            entries.append({"load": end, "tile": list(found[0]), "microseconds": found[1]})
     return entries
 
 
-def as_text(table: Mapping[str, Any]) -> str:
-    """The table as JSON with one entry a line, as it is kept in the repository."""
-    parts = []
-    for name, value in table.items():
-        if isinstance(value, list):
-            entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
-            parts.append(f"  {json.dumps(name)}: [\n{entries}\n  ]")
-        else:
-            parts.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+def as_text(value: Any, indent: str = "") -> str:
+    """A table as JSON, as it is kept in the repository: entries of a list of objects are one line each.
+
+    >>> print(as_text({"date": "today", "rows": [{"load": 8}, {"load": None}]}))
+    {
+      "date": "today",
+      "rows": [
+        {"load": 8},
+        {"load": null}
+      ]
+    }
+    """
+    more = indent + "  "
+    if isinstance(value, Mapping):
+        parts = [f"{more}{json.dumps(name)}: {as_text(part, more)}" for name, part in value.items()]
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return "[\n" + ",\n".join(f"{more}{json.dumps(entry)}" for entry in value) + f"\n{indent}]"
+    return json.dumps(value)

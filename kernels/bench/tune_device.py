@@ -13,15 +13,16 @@ import numpy as np
 from gpu_table import random_stack
 from tune_cases import Case
 
-from ferrum_kernels import dequantize, triton_route
+from ferrum_kernels import dequantize, triton_few, triton_route
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear, untile
 from ferrum_kernels.triton_matmul import Rows, product
 
 LARGEST_ERROR = 4e-3  # of a product rounded to bfloat16, against float32
 COLD = 96 * 2**20  # bytes of single matrices in rotation, about twice what a GPU's cache holds
+MOST_KERNELS = 24  # of a program: each is compiled anew, though they are alike
 SAMPLES = 8  # rows that are checked
-SECONDS = 3e-3  # of work that is queued for one measurement
+SECONDS = 4e-3  # of work that is queued for one measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Program:
     def lower(self) -> Any:
         """`step` lowered with the memory of its results as another argument, first, which is donated.
 
-        A CUDA graph is launched as it is only where its memory lies where it did, so results go where the last call's
-        were. Otherwise the host changes every kernel of the graph at every call, which takes longer than small ones run.
+        A CUDA graph is launched as it is only where its memory lies where it did, so results go where the last ones
+        were. Otherwise the host changes every kernel of the graph at every call, and small kernels wait for it.
         """
 
         def step(results: Any, *arguments: Any) -> Any:
@@ -66,12 +67,13 @@ class Bench:
       d: hidden size.
       f: intermediate size.
       experts: of a layer.
+      top_k: of them for each token.
       layers: in rotation.
       interpret: run without a GPU.
     """
 
-    def __init__(self, d: int, f: int, experts: int, layers: int, interpret: bool = False):
-        self.experts, self.layers, self.interpret = experts, layers, interpret
+    def __init__(self, d: int, f: int, experts: int, top_k: int, layers: int, interpret: bool = False):
+        self.experts, self.top_k, self.layers, self.interpret = experts, top_k, layers, interpret
         self.stacks = {
             "up": random_stack(1, (layers, experts), d, 2 * f, 128),
             "down": random_stack(2, (layers, experts), f, d, 128),
@@ -81,7 +83,8 @@ class Bench:
 
     def program(self, case: Case) -> Program:
         """The program of a case; safe to call in threads."""
-        make = {"place": self._place, "rows": self._rows}.get(case.product, self._experts)
+        makers = {"place": self._place, "rows": self._rows, "few_up": self._few, "few_down": self._few}
+        make = makers.get(case.product, self._experts)
         return make(case)
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -90,84 +93,110 @@ class Bench:
                 self._made[key] = make()
             return self._made[key]
 
-    def _ids(self, pairs: int) -> list[np.ndarray]:
-        """Routing of each call; few pairs are called often, so that starting a program costs little of the time."""
-        calls = self.layers * (4 if pairs <= 512 else 1)
-        return self._once(("ids", pairs), lambda: [routing(i, pairs, self.experts) for i in range(calls)])
+    def _tables(self, pairs: int, block: int) -> tuple[jax.Array, ...]:
+        """The expert of each block, its first place and how many, and the pair at each place."""
 
-    def _tables(self, pairs: int, block: int) -> list[tuple[jax.Array, ...]]:
-        def make() -> list[tuple[jax.Array, ...]]:
-            blocks = max_blocks(pairs, self.experts, block) if block else pairs
-            ids = self._ids(pairs)
-            tables = [places(one, self.experts, block, blocks) if block else (one,) for one in ids]
-            return [tuple(map(jnp.asarray, table)) for table in tables]
+        def make() -> tuple[jax.Array, ...]:
+            blocks = max_blocks(pairs, self.experts, block)
+            tables = places(routing(0, pairs, self.experts, self.top_k), self.experts, block, blocks)
+            return tuple(map(jnp.asarray, tables))
 
         return self._once(("tables", pairs, block), make)
 
-    def _inputs(self, case: Case) -> list[tuple[jax.Array, jax.Array | None]]:
-        """Each call's activations, and for down the weight of each pair."""
-        gated, pairs = case.product == "up", case.load
-        rows = pairs // tokens_share(pairs, self.experts) if gated else pairs
+    def _inputs(self, case: Case) -> tuple[jax.Array, jax.Array | None]:
+        """Activations, and for down the weight of each pair."""
+        gated, pairs = case.product in ("up", "few_up"), case.load
+        rows = pairs // tokens_share(pairs, self.top_k) if gated else pairs
 
-        def make() -> list[tuple[jax.Array, jax.Array | None]]:
-            keys = jax.random.split(jax.random.key(pairs), len(self._ids(pairs)))
-            x = [jax.random.normal(key, (rows, case.k), jnp.bfloat16) for key in keys]
-            return [
-                (one, None if gated else jax.random.uniform(key, (pairs,))) for key, one in zip(keys, x, strict=True)
-            ]
+        def make() -> tuple[jax.Array, jax.Array | None]:
+            a, b = jax.random.split(jax.random.key(pairs))
+            x = jax.random.normal(a, (rows, case.k), jnp.bfloat16)
+            return x, None if gated else jax.random.uniform(b, (pairs,))
 
         return self._once(("inputs", case.product, pairs), make)
 
     def _experts(self, case: Case) -> Program:
         block, pairs, gated = case.cut[0], case.load, case.product == "up"
         stack = self.stacks[case.product]
-        blocks = max_blocks(pairs, self.experts, block) if block else pairs
-        share = tokens_share(pairs, self.experts)
-        calls = list(zip(self._inputs(case), self._tables(pairs, block), strict=True))
+        blocks, share = max_blocks(pairs, self.experts, block), tokens_share(pairs, self.top_k)
+        # Large results of many layers would not fit.
+        layers = self.layers if pairs <= 2048 else min(self.layers, 8)
 
         # One trace for all layers: only the number differs.
         @jax.jit
         def one(x: jax.Array, weights: Any, tables: Any, layer: jax.Array, w: TiledLinear) -> jax.Array:
-            expert, *rest = tables
-            starts, counts, order = rest or (None, None, None)
             per_row = share if gated else 0  # down reads the rows that gate and up have written by place
-            rows = Rows(block or 1, expert, starts, counts, order, pairs_per_row=per_row, by_pair=not gated)
+            rows = Rows(block, *tables[:3], order=tables[3], pairs_per_row=per_row, by_pair=not gated)
             dtype = jnp.bfloat16 if gated or pairs >= 4096 else jnp.float32
             how = {"gated": gated, "weights": weights, "interpret": self.interpret}
             return product(x, w, layer, rows, blocks, pairs, case.tile, dtype, **how)
 
-        def step(calls: list[Any], w: TiledLinear) -> list[jax.Array]:
-            return [one(*inputs, tables, jnp.int32(i % self.layers), w) for i, (inputs, tables) in enumerate(calls)]
+        # The same rows for every layer: few arguments, so that the host queues calls faster than they run.
+        def step(x: jax.Array, weights: Any, tables: Any, w: TiledLinear) -> list[jax.Array]:
+            return [one(x, weights, tables, jnp.int32(layer), w) for layer in range(layers)]
 
         def error(results: list[jax.Array]) -> float:
-            rows, expected = self._once(("expected", case.product, pairs, bool(block)), lambda: self._expected(case))
+            rows, expected = self._once(("expected", case.product, pairs), lambda: self._expected(case))
             return relative(results[0][rows], expected)
 
-        return Program(step, (calls, stack), len(calls), error)
+        return Program(step, (*self._inputs(case), self._tables(pairs, block), stack), layers, error)
 
     def _expected(self, case: Case) -> tuple[np.ndarray, jax.Array]:
         """Some rows of the first call's result, and what they are in float32."""
         pairs, gated = case.load, case.product == "up"
-        (x, weights), *_ = self._inputs(case)
-        ids = self._ids(pairs)[0]
-        order = np.argsort(ids, kind="stable") if case.cut[0] else np.arange(pairs)
+        x, weights = self._inputs(case)
+        ids = routing(0, pairs, self.experts, self.top_k)
+        order = np.argsort(ids, kind="stable")
         place = np.random.default_rng(0).permutation(pairs)[:SAMPLES]
         pair = order[place]
         stack = self.stacks[case.product]
         dense = dequantize(untile(jax.tree.map(lambda leaf: leaf[0][ids[pair]], stack)), jnp.float32)
-        source = x[pair // tokens_share(pairs, self.experts) if gated else place].astype(jnp.float32)
+        source = x[pair // tokens_share(pairs, self.top_k) if gated else place].astype(jnp.float32)
         y = jnp.einsum("pk,pkn->pn", source, dense, precision="highest")
         if weights is None:
             gate, up = jnp.split(y, 2, axis=-1)
             return place, jax.nn.silu(gate) * up
         return pair, y * weights[pair][:, None]
 
+    def _few(self, case: Case) -> Program:
+        pairs, gated = case.load, case.product == "few_up"
+        share = tokens_share(pairs, self.top_k)
+        stack = self.stacks[case.product.removeprefix("few_")]
+        x, weights = self._inputs(case)
+        live = routing(0, pairs, self.experts, self.top_k).reshape(-1, share)
+
+        @jax.jit
+        def one(x: jax.Array, weights: Any, live: jax.Array, layer: jax.Array, w: TiledLinear) -> jax.Array:
+            if gated:
+                return triton_few.gated(x, w, layer, case.few, share, live=live, interpret=self.interpret)[0]
+            weights = weights.reshape(live.shape)
+            return triton_few.down(x, live, weights, w, layer, case.few, interpret=self.interpret)
+
+        def step(x: jax.Array, weights: Any, live: jax.Array, w: TiledLinear) -> list[jax.Array]:
+            return [one(x, weights, live, jnp.int32(layer), w) for layer in range(self.layers)]
+
+        def expected() -> jax.Array:
+            """float32 rows of the first token: of its pairs, or their weighted sum."""
+            dense = dequantize(untile(jax.tree.map(lambda leaf: leaf[0][live[0]], stack)), jnp.float32)
+            rows = jnp.broadcast_to(x[:1], (share, case.k)) if gated else x[:share]
+            y = jnp.einsum("pk,pkn->pn", rows.astype(jnp.float32), dense, precision="highest")
+            if weights is None:
+                gate, up = jnp.split(y, 2, axis=-1)
+                return jax.nn.silu(gate) * up
+            return (y * weights[:share, None]).sum(0, keepdims=True)
+
+        def error(results: list[jax.Array]) -> float:
+            y = self._once(("expected", case.product, pairs), expected)
+            return relative(results[0][: len(y), : y.shape[1]], y)
+
+        return Program(step, (x, weights, jnp.asarray(live), stack), self.layers, error)
+
     def _rows(self, case: Case) -> Program:
         block, m, k, n = case.cut[0], case.load, case.k, case.n
 
         def make() -> tuple[TiledLinear, jax.Array, np.ndarray, jax.Array]:
-            # A small matrix is called often, and no call may find it in the cache.
-            w = random_stack(3, (min(64, max(self.layers, COLD // (k * n // 2))),), k, n, 128)
+            # More matrices than the cache holds, but for small ones, which then come from it.
+            w = random_stack(3, (min(MOST_KERNELS, max(self.layers, COLD // (k * n // 2))),), k, n, 128)
             x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
             rows = np.random.default_rng(0).permutation(m)[:SAMPLES]
             dense = dequantize(untile(w[0]), jnp.float32)
@@ -188,35 +217,42 @@ class Bench:
     def _place(self, case: Case) -> Program:
         [block], pairs = case.cut, case.load
         blocks = max_blocks(pairs, self.experts, block)
-        ids = [jnp.asarray(one).reshape(-1, tokens_share(pairs, self.experts)) for one in self._ids(pairs)]
-        calls = [(live, triton_route.count(live, self.experts)) for live in ids]
+        # Other pairs for every kernel, as two alike would be one; constants, so that the program has no arguments.
+        ids = [
+            routing(i, pairs, self.experts, self.top_k).reshape(-1, tokens_share(pairs, self.top_k)) for i in range(8)
+        ]
+        counts = [np.asarray(triton_route.count(jnp.asarray(live), self.experts)) for live in ids]
 
         @jax.jit
         def one(live: jax.Array, counts: jax.Array) -> Any:
             return triton_route.place(live, counts, self.experts, block, blocks, self.interpret)
 
+        def step() -> Any:
+            first, *rest = (one(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(ids, counts, strict=True))
+            return [first, *(order for order, *_ in rest)]
+
         def error(results: Any) -> float:
             order, *tables = map(np.asarray, results[0])
-            *expected, pair = map(np.asarray, self._tables(pairs, block)[0])
+            *expected, pair = map(np.asarray, self._tables(pairs, block))
             used = expected[0] < self.experts  # the rest of the table only has to name nobody
             same = [(a[used] == b[used]).all() for a, b in zip(tables, expected, strict=True)]
             return 0.0 if all(same) and (order == pair).all() and (tables[0] == expected[0]).all() else float("inf")
 
-        return Program(lambda calls: [one(*call) for call in calls], (calls,), len(calls), error)
+        return Program(step, (), len(ids), error)
 
 
 def _nothing(dtype: Any) -> Any:
     return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else -1
 
 
-def tokens_share(pairs: int, experts: int) -> int:
-    """Experts of a token: the most up to eight that divide the pairs."""
-    return max(k for k in range(1, 9) if pairs % k == 0 and k <= experts)
+def tokens_share(pairs: int, top_k: int) -> int:
+    """Experts of a token: top_k, or as many less as make the pairs those of whole tokens."""
+    return max(k for k in range(1, top_k + 1) if pairs % k == 0)
 
 
-def routing(seed: int, pairs: int, experts: int) -> np.ndarray:
+def routing(seed: int, pairs: int, experts: int, top_k: int) -> np.ndarray:
     """int32 [P]: each token chooses different experts at random."""
-    share = tokens_share(pairs, experts)
+    share = tokens_share(pairs, top_k)
     scores = np.random.default_rng(seed).random((pairs // share, experts))
     return np.argsort(scores, axis=1)[:, :share].astype(np.int32).reshape(-1)
 

@@ -116,3 +116,29 @@ def pack(codes: Any, bits: int, axis: int) -> Any:
     packed = xp.stack(words, axis=-2)
     packed = packed.reshape(*packed.shape[:-3], -1, packed.shape[-1])
     return packed[..., : words_for(count, bits), :]
+
+
+def centred(words: np.ndarray, bits: int) -> np.ndarray:
+    """Random words with codes that are 2**(bits - 1) on average: a code of zero becomes that middle.
+
+    Symmetric weights made of plain random words have a mean of half a step below zero. That is the same direction in
+    every output, so a random model of some depth sends all its tokens to the same experts.
+
+    Args:
+      words: uint32, random.
+      bits: 2, 4 or 8; words of 3 bits are returned as they are, as their codes straddle words.
+
+    Returns:
+      Words of the same shape.
+
+    >>> hex(centred(np.array([0x76543210], np.uint32), 4)[0])
+    '0x76543218'
+    """
+    if 32 % bits:
+        return words
+    any_bit, width = words, 1
+    while width < bits:
+        any_bit = any_bit | (any_bit >> np.uint32(width))
+        width *= 2
+    lowest = np.uint32(sum(1 << i for i in range(0, 32, bits)))
+    return words | ((~any_bit & lowest) << np.uint32(bits - 1))

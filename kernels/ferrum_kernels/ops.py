@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels import apple, cpu, reference, triton, xla
+from ferrum_kernels import apple, cpu, mosaic, reference, triton, xla
 from ferrum_kernels.blocks import Dispatch, dispatch_sorted, from_blocks, to_blocks
 from ferrum_kernels.contract import is_traced
 from ferrum_kernels.cpu_library import unavailable
@@ -29,7 +29,7 @@ Implementation = str | Sequence[str] | None
 Weight = PackedLinear | TiledLinear
 ExpertStack = Weight | MixedStack | jax.Array
 
-IMPLEMENTATIONS = (*cpu.NAMES, triton.NAME, "xla", "apple", "reference")
+IMPLEMENTATIONS = (*cpu.NAMES, *mosaic.NAMES, "xla", "apple", "reference")
 _BEST = {"cpu": "cpu", "gpu": triton.NAME, "cuda": triton.NAME, "metal": "apple", "mps": "apple"}
 
 
@@ -40,8 +40,9 @@ def default_implementation(platform: str | None = None) -> str:
       platform: a JAX platform name; None means the default device's.
 
     Returns:
-      "cpu" where its kernels were built, else "xla"; "triton" on NVIDIA GPUs; "apple" on Apple's plugins. A weight that
-      the CPU kernels do not take (2 or 3 bits) goes to "xla" all the same; one that the GPU kernels do not take raises.
+      "cpu" where its kernels were built, else "xla"; "mosaic" on Hopper GPUs, "triton" on other NVIDIA GPUs; "apple" on
+      Apple's plugins. A weight that the CPU kernels do not take (2 or 3 bits) goes to "xla" all the same; one that the
+      GPU kernels do not take raises.
 
     Raises:
       BackendError: no kernel of this package is made for the platform.
@@ -57,6 +58,8 @@ def default_implementation(platform: str | None = None) -> str:
             f'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU.'
         )
     best = _BEST[platform.lower()]
+    if best == triton.NAME and not mosaic.unavailable():
+        return mosaic.NAME
     return "xla" if best == "cpu" and unavailable() else best
 
 
@@ -83,6 +86,8 @@ def resolve(implementation: str | None, *weights: Any) -> str:
         cpu.check(implementation, *weights)
     if implementation == triton.NAME:
         triton.check(*weights)
+    if implementation == mosaic.NAME:
+        mosaic.check(*weights)
     return implementation
 
 
@@ -178,7 +183,7 @@ def gptq_matmul(
     def run(name: str) -> jax.Array:
         if name in cpu.NAMES and rows.shape[0]:
             return _cpu_matmul(rows, w, layer, cpu.int8(name, x.dtype), dtype)
-        if name == triton.NAME and rows.shape[0]:
+        if name in mosaic.NAMES and rows.shape[0]:
             return _triton_matmul(rows, w, layer, dtype)
         one = _one(w, layer)
         one = untile(one) if isinstance(one, TiledLinear) else one
@@ -334,7 +339,7 @@ def _run(static: tuple, x: jax.Array, parts: tuple, plan: Dispatch, layer: jax.A
     y = jnp.zeros((x.shape[0], k if transpose else n), dtype)
     if not x.shape[0]:
         return y
-    if name == triton.NAME and not transpose:
+    if name in mosaic.NAMES and not transpose:
         triton.check_dtype(x)
     for i, part in enumerate(parts):
         table = np.append(np.arange(plan.num_experts), -1) if tables is None else np.asarray(tables[i])
@@ -342,7 +347,7 @@ def _run(static: tuple, x: jax.Array, parts: tuple, plan: Dispatch, layer: jax.A
         place = layer if _layered(part) else None
         if name in cpu.NAMES and isinstance(part, PackedLinear) and not transpose:
             y = cpu.grouped_matmul(x, part, block_expert, block, place, y, cpu.int8(name, x.dtype))
-        elif name == triton.NAME and isinstance(part, TiledLinear) and not transpose:
+        elif name in mosaic.NAMES and isinstance(part, TiledLinear) and not transpose:
             rows = triton.grouped_matmul(x, part, block_expert, block, place, dtype)
             y = rows if len(parts) == 1 else y + rows  # rows of other parts' experts are zero
         else:

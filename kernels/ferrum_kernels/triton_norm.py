@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
-COLUMNS = 8  # experts of a program of that kernel
+COLUMNS = 4  # experts of a program of that kernel
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -88,7 +88,7 @@ def add_norm_route(
 
     Args:
       x, y, weight, layer, eps, interpret: as add_norm; weight [D] or [L, D].
-      router: of x's dtype [D, E], or [L, D, E] with `layer`.
+      router: of x's dtype [E, D], or [L, E, D] with `layer`.
 
     Returns:
       (sum [T, D], norm [T, D], logits float32 [T, E]). Products of two 16-bit floats are exact in the float32 sum.
@@ -100,7 +100,7 @@ def add_norm_route(
     from jax.experimental.pallas import triton as plgpu
 
     tokens, d = x.shape
-    experts = router.shape[-1]
+    experts = router.shape[-2]
     weights, index = _stack(weight, layer, 1)
     routers, _ = _stack(router, layer, 2)
     stream = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -122,14 +122,14 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
     first = pl.program_id(0)
     lane, here = _some(0, _power(d), d, interpret)
     column, real = _some(first * COLUMNS, COLUMNS, experts, interpret)
-    at = jnp.broadcast_arrays(lane[:, None], column[None, :])
-    matrix = _load(router, (layer[0], *at), here[:, None] & real[None, :])
+    at = jnp.broadcast_arrays(column[:, None], lane[None, :])
+    matrix = _load(router, (layer[0], *at), real[:, None] & here[None, :])
     w = _load(weight, (layer[0], lane), here)
     for row in range(rows):
         summed = _sum(x, y, row, lane, here)
         scale = lax.rsqrt(jnp.sum(summed * summed) / d + eps)
         norm = (summed * scale * w).astype(normed.dtype)
-        _store(logits, (row, column), jnp.sum(matrix * norm.astype(jnp.float32)[:, None], axis=0), real)
+        _store(logits, (row, column), jnp.sum(matrix * norm.astype(jnp.float32)[None, :], axis=1), real)
 
         def keep(row: int = row, summed: jax.Array = summed, norm: jax.Array = norm) -> None:
             _store(total, (row, lane), summed, here)
@@ -139,11 +139,11 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
 
 
 def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.Array:
-    """float32 x [T, D] @ router on the matrix units; not XLA's product, which would make the router float32 first."""
+    """float32 x [T, D] @ router.T on the matrix units; not XLA's product, which would make the router float32 first."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    tokens, experts = x.shape[0], router.shape[-1]
+    tokens, experts = x.shape[0], router.shape[-2]
     routers, index = _stack(router, layer, 2)
     rows, columns = (16, 32) if tokens <= 256 else (64, 64)
     return pl.pallas_call(
@@ -159,7 +159,7 @@ def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.
 def _route_kernel(rows: int, columns: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any) -> None:
     from jax.experimental import pallas as pl
 
-    (tokens, d), experts = x.shape, router.shape[-1]
+    (tokens, d), experts = x.shape, router.shape[-2]
     row, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
     column, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
     size = min(128, max(16, _power(d)))
@@ -169,9 +169,9 @@ def _route_kernel(rows: int, columns: int, interpret: bool, x: Any, router: Any,
         lane, here = _some(i * size, size, d, interpret)
         of = jnp.broadcast_arrays(row[:, None], lane[None, :])
         stream = _load(x, tuple(of), seen[:, None] & here[None, :], dtype)
-        of = jnp.broadcast_arrays(lane[:, None], column[None, :])
-        matrix = _load(router, (layer[0], *of), here[:, None] & real[None, :], dtype)
-        return sums + lax.dot(stream, matrix, preferred_element_type=jnp.float32)
+        of = jnp.broadcast_arrays(column[:, None], lane[None, :])
+        matrix = _load(router, (layer[0], *of), real[:, None] & here[None, :], dtype)
+        return sums + lax.dot_general(stream, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     sums = lax.fori_loop(0, -(-d // size), multiply, jnp.zeros((rows, columns), jnp.float32))
     at = tuple(jnp.broadcast_arrays(row[:, None], column[None, :]))

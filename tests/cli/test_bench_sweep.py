@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,6 +56,8 @@ def test_a_row_for_every_batch_and_context_and_one_for_every_prompt(report: tupl
     )
     assert cold > warm > 0
     for row in found["decode"]:
+        assert 2 <= row["experts_touched"] <= min(4, 2 * row["batch"])
+        assert 1 <= row["distinct_tokens"] <= row["batch"] and (row["batch"] > 1 or row["distinct_tokens"] == 1)
         assert 0 < row["inter_token_p50_seconds"] <= row["inter_token_p99_seconds"]
         least = (row["weight_bytes"] + row["live_cache_bytes"]) / 1e9
         assert row["roofline_tokens_per_second"] == pytest.approx(row["batch"] / least)
@@ -62,7 +65,10 @@ def test_a_row_for_every_batch_and_context_and_one_for_every_prompt(report: tupl
     for row in found["prefill"]:
         assert row["roofline_fraction"] == pytest.approx(row["flops"] / 1e12 / row["first_token_seconds"])
     assert found["ceilings"] == {"bytes_per_second": 1e9, "flops_per_second": 1e12, "source": "known"}
-    assert found["experts_touched"] == "expected of equal chances" and found["layers"] == 3
+    assert (
+        found["experts_touched"] == "counted in a forward pass over the last 16 tokens of every row"
+        and found["layers"] == 3
+    )
 
 
 def test_text_for_people_and_a_comparison(
@@ -72,12 +78,21 @@ def test_text_for_people_and_a_comparison(
     arguments = ["--context", "8", "--new-tokens", "6", "--prefill", "6", "--repeats", "1", "--dtype", "bfloat16"]
     assert main(["bench", "--synthetic", sizes, *arguments, "--compare", path]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"decode\nbatch +context +tok/s +p50 ms +p99 ms +of roofline +cache +compile s +warm s\n", out)
+    assert re.search(
+        r"decode\nbatch +context +tok/s +p50 ms +p99 ms +experts +of roofline +cache +compile s +warm s\n", out
+    )
     assert re.search(r"prefill\nprompt_tokens +tok/s +first token ms", out)
     assert f"new over {path}\nnot alike: dtype was float32, is bfloat16\n" in out
     assert re.search(r"\ndecode 1 x 8 +\d+\.\d\dx ", out)
     assert "only in the new report: prefill 6\n" in out and "only in the old one: decode 2 x 8, decode 1 x 20" in out
     assert "\nroofline" not in out  # not known on a CPU
+
+
+def test_rows_draw_tokens_of_their_own(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--context", "8", "--batch", "8", "--new-tokens", "6", "--repeats", "1", "--temperature", "100"]
+    assert main(["bench", "--synthetic", sizes, "--layers", "1", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 5 < found["decode"][0]["distinct_tokens"] <= 8 and found["temperature"] == 100
 
 
 def test_a_report_against_itself_has_ratios_of_one(report: tuple[str, dict[str, Any]]) -> None:
@@ -160,6 +175,8 @@ def test_a_device_that_runs_out_of_memory_is_a_row_and_other_errors_are_errors(
         ),
         (["--context", "60", "--new-tokens", "16"], 1, "--context 60 with 16 new tokens reaches 68; .* context is 64"),
         (["--prefill", "63"], 1, "--prefill 63 and 2 new tokens need a context of 65; this model's is 64"),
+        (["--temperature", "1"], 2, "--temperature goes with a sweep; give --batch 1,4, --context or --prefill too"),
+        (["--prefill", "4", "--temperature", "-1"], 2, "--temperature is -1.0; give 0 for greedy, or 0.001 to 100"),
         (["--compare", "absent.json"], 2, r"--compare absent.json cannot be read \(No such file"),
     ],
 )
@@ -198,7 +215,18 @@ def test_bytes_of_a_step_are_those_of_the_leaves_it_reads() -> None:
     one = decode_bytes(cfg, params, 1, 100)
     assert one["weights"] == pytest.approx(rest + experts * cfg.top_k / cfg.num_experts)  # tied: all of the embedding
     assert one["cache"] == 100 * num_bytes(jax.eval_shape(lambda: fj.init_cache(cfg, 1, 1))) - 400
+    assert decode_bytes(cfg, params, 8, 100, cfg.top_k)["weights"] == one["weights"]  # eight rows, the same experts
     assert decode_bytes(cfg, params, 10**6, 1)["weights"] == pytest.approx(rest + experts)
+
+
+def test_experts_are_counted_where_rows_send_their_last_token() -> None:
+    model = fj.load("demo", quiet=True, weight_cache=False)
+    same, different = [[5, 6, 7]] * 8, np.random.default_rng(0).integers(0, 4096, (8, 3)).tolist()
+    assert bench_sweep.experts_counted(model, same) == model.cfg.top_k
+    found = bench_sweep.experts_counted(model, different)
+    _, aux = fj.forward(model.params, jnp.asarray(different, jnp.int32), model.cfg, with_aux=True)
+    (routing,) = aux.routing
+    assert found == np.mean([len(np.unique(layer[:, -1])) for layer in routing.experts]) and found > 8
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 9])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferrum_kernels.bits import SUPPORTED_BITS, pack, unpack, words_for
+from ferrum_kernels.bits import SUPPORTED_BITS, centred, pack, unpack, words_for
 from ferrum_kernels.errors import ShapeError
 from tests.support.checkpoint_writer import pack_fields
 from tests.support.numpy_reader import unpack_fields
@@ -100,3 +100,14 @@ def test_a_word_count_that_does_not_fit_the_codes_is_refused(count):
     )
     with pytest.raises(ShapeError, match=message):
         unpack(np.zeros((3, 2), np.uint32), 4, count, axis=-1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_centred_codes_are_the_middle_on_average_and_otherwise_as_they_were(bits):
+    words = np.random.default_rng(0).integers(0, 2**32, (4096, 4), np.uint32)
+    count = 4096 * 32 // bits
+    before, after = (unpack(w, bits, count, axis=-2) for w in (words, centred(words, bits)))
+    np.testing.assert_array_equal(after, np.where(before == 0, 2 ** (bits - 1), before))
+    assert abs(after.mean() - 2 ** (bits - 1)) < 4 * after.std() / after.size**0.5
+    assert abs(before.mean() - 2 ** (bits - 1)) > 0.4
+    assert centred(words, 3) is words

@@ -103,7 +103,7 @@ def test_a_sequence_runs_the_first_that_applies(ran, monkeypatch):
     assert ran == ["reference", "apple"]
 
 
-KNOWN = r"\('cpu', 'cpu-exact', 'cpu-int8', 'triton', 'xla', 'apple', 'reference'\)\."
+KNOWN = r"\('cpu', 'cpu-exact', 'cpu-int8', 'triton', 'mosaic', 'xla', 'apple', 'reference'\)\."
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

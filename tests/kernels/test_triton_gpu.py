@@ -134,10 +134,11 @@ def check_layer(rng, made, tokens, load):
         ids, weights, live, counts = triton.route(logits, None, top_k, True)
         dead = jnp.ones(E, bool).at[ids.reshape(-1)].set(False)
         up, down = (without(stack, dead) for stack in stacks)
-        return ids, weights, triton.experts(x, live, weights, counts, up, down, 1)
+        together = triton.routed_experts(x, logits, None, top_k, True, up, down, 1)
+        return ids, weights, triton.experts(x, live, weights, counts, up, down, 1), *together
 
     poison((tokens * top_k, F), (tokens * top_k, D), (tokens, D))
-    ids, weights, y = run(x, logits, stacks)
+    ids, weights, y, together, *routing = run(x, logits, stacks)
     best, _ = jax.lax.top_k(logits, top_k)
     np.testing.assert_allclose(jnp.take_along_axis(logits, ids, 1), best, atol=1e-4)
     some = rng.permutation(tokens)[:40]
@@ -146,7 +147,12 @@ def check_layer(rng, made, tokens, load):
     # Of many pairs each one's output is rounded as well.
     most = THREE_ROUNDINGS if tokens * top_k >= triton.MANY_PAIRS else TWO_ROUNDINGS
     assert relative(np.asarray(y)[some], expert_layer(*picked, dense_up, dense_down)) < most
+    # Chosen in the experts' own kernel or before it, and at every run.
+    np.testing.assert_array_equal(routing[0], ids)
+    np.testing.assert_allclose(routing[1], weights, rtol=1e-5)
+    assert relative(together, np.asarray(y, np.float64)) < ONE_ROUNDING
     assert (run(x, logits, stacks)[2] == y).all()
+    assert (run(x, logits, stacks)[3] == together).all()
 
 
 @pytest.mark.parametrize("tokens", [3, 130])

@@ -20,7 +20,7 @@ EPS = 1e-6
 def case(tokens: int, d: int, experts: int, dtype: str):
     """(stream, branch, stacked norm weights, stacked routers), two layers of both."""
     x, weight, router = (
-        jnp.asarray(normal(i, *shape), dtype) for i, shape in enumerate([(tokens, d), (2, d), (2, d, experts)])
+        jnp.asarray(normal(i, *shape), dtype) for i, shape in enumerate([(tokens, d), (2, d), (2, experts, d)])
     )
     return x, jnp.asarray(normal(3, tokens, d)), weight, router
 
@@ -40,7 +40,7 @@ def test_sum_norm_and_logits(tokens, d, experts, dtype):
         found = triton_norm.add_norm_route(x, y, weight, router, layer, EPS, True)
         np.testing.assert_array_equal(found[0], total)
         assert relative(found[1], norm) < 2e-3  # one rounding
-        logits = np.asarray(found[1], np.float64) @ np.asarray(router[layer], np.float64)
+        logits = np.asarray(found[1], np.float64) @ np.asarray(router[layer], np.float64).T
         assert found[2].dtype == jnp.float32 and relative(found[2], logits) < 1e-6
         again = triton_norm.add_norm(x, y, weight, layer, EPS, True)
         for one, other in zip(found, again, strict=False):

@@ -17,7 +17,14 @@ from tests.support.triton_cases import ignore_deprecation
 tune, tune_cases, tune_device = script("tune"), script("tune_cases"), script("tune_device")
 Case = tune_cases.Case
 LOADS = [0.25, 1.0, 4.0]
+TABLE = json.loads((tune.TUNED / "nvidia-h100.json").read_text())
 CASES = tune_cases.expert_cases(256, 128, 8, LOADS) + tune_cases.row_cases([1, 64], [(256, 128)])
+CASES += tune_cases.few_cases(256, 128, 8, 2, TABLE["few"])
+
+
+def all_cases():
+    cases = tune_cases.expert_cases(2048, 768, 128, tune_cases.LOADS) + tune_cases.row_cases(tune_cases.ROWS)
+    return cases + tune_cases.few_cases(2048, 768, 128, 8, TABLE["few"])
 
 
 @pytest.fixture(autouse=True)
@@ -31,16 +38,17 @@ def fill(log, cases=CASES, microseconds=lambda case: float(sum(case.cut))):
 
 
 def test_candidates_divide_their_weights_and_differ():
-    cases = tune_cases.expert_cases(2048, 768, 128, tune_cases.LOADS) + tune_cases.row_cases(tune_cases.ROWS)
+    cases = all_cases()
     assert len({case.key for case in cases}) == len(cases)
-    for case in cases:
-        if case.product != "place":
-            columns = case.n // 2 if case.product == "up" else case.n
-            assert fit(case.tile, columns, case.k // 128) == case.tile
-            assert case.tile == triton_tiles._tile(list(case.cut))[1]  # what the kernels make of an entry
+    for case in cases:  # as the kernels read an entry
+        if case.product.startswith("few"):
+            assert triton_tiles._cut(list(case.cut), case.columns, case.blocks) == case.few
+        elif case.product != "place":
+            assert fit(case.tile, case.columns, case.blocks) == case.tile
+            assert case.tile == triton_tiles._tile(list(case.cut))[1]
     for load in tune_cases.LOADS:  # every load can be served
-        here = {case.product for case in cases if case.load == round(load * 128)}
-        assert here >= {"up", "down"}
+        assert {case.product for case in cases if case.load == round(load * 128)} >= {"up", "down", "place"}
+    assert {case.load for case in cases if case.product == "few_down"} == {8, 16, 32, 64}
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path):
@@ -94,14 +102,25 @@ def test_the_fastest_is_chosen_and_ties_go_to_the_smaller():
     assert tune_cases.best(up, {}) is None
 
 
-def test_the_kernel_that_places_pairs_counts():
-    results = {case.key: 9.0 if case.cut[0] else 10.0 for case in CASES if case.load == 2 and case.product != "rows"}
-    [entry] = tune_cases.expert_rows(CASES, results, [0.25], 8)
-    assert (entry["up"][0], entry["down"][0], entry["microseconds"]) == (0, 0, [10.0, 10.0, 0.0])
-    results = {key: 1.0 if key.startswith("place") else time for key, time in results.items()}
-    [entry] = tune_cases.expert_rows(CASES, results, [0.25], 8)
-    assert entry["up"][0] > 0 and entry["down"][0] > 0
-    assert entry["microseconds"] == [9.0, 9.0, 1.0]
+def test_both_products_take_the_places_of_the_larger_block():
+    results = {case.key: 9.0 + case.cut[0] for case in CASES if case.load == 32 and case.product != "rows"}
+    up = next(case for case in CASES if (case.product, case.load, case.cut[0]) == ("up", 32, 16))
+    results[up.key] = 5.0
+    [entry] = tune_cases.expert_rows(CASES, results, [4.0], 8)
+    assert (entry["up"], entry["down"][0], entry["microseconds"]) == (list(up.cut), 8, [5.0, 17.0, 25.0])
+    del results[Case("place", 8, 0, 32, (16,)).key]
+    assert tune_cases.expert_rows(CASES, results, [4.0], 8) == []
+
+
+def test_few_tokens_change_the_entries_that_serve_them():
+    few = {"pairs": 4, "load": 1, "note": "", "cuts": [{"outputs": 300, "up": [1], "down": [1]}, {"outputs": None}]}
+    cases = tune_cases.few_cases(256, 128, 8, 2, few)
+    assert {case.load for case in cases} == {2, 4}
+    results = {case.key: float(case.load * case.cut[2]) for case in cases if case.load == 2}
+    found = tune_cases.few_rows(cases, results, few, 128)
+    assert found["cuts"][0]["microseconds"] == [4.0, 4.0]
+    assert found["cuts"][0]["up"][2] == 2 and found["cuts"][1] == {"outputs": None}
+    assert few["cuts"][0]["up"] == [1]  # as it was
 
 
 def test_rows_take_the_cut_that_suits_all_shapes():
@@ -111,6 +130,8 @@ def test_rows_take_the_cut_that_suits_all_shapes():
     results = {case.key: times.get((case.n, case.cut), 2.0 if case.cut == middle else 20.0) for case in cases}
     [entry] = tune_cases.row_rows(cases, results, [64])
     assert entry == {"load": None, "tile": list(middle), "microseconds": [2.0, 2.0]}
+    # Each shape has its own fastest, and neither is it.
+    assert one != middle != other
 
 
 def test_the_table_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch, capsys):
@@ -120,7 +141,7 @@ def test_the_table_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch
     options = tune.parse(["--config", str(config), "--loads", "0.25,1,4", "--rows", "1,64"])
     results = tune.Log(log, "a")
     fill(results)
-    table = tune.make_table(options, (256, 128, 8), CASES, results, "NVIDIA Imaginary", {})
+    table = tune.make_table(options, (256, 128, 8), CASES, results, "NVIDIA Imaginary", TABLE)
     out.write_text(tune_cases.as_text(table))
     assert [entry["load"] for entry in table["experts"]] == [0.5, 2.0, None]
     assert [entry["load"] for entry in table["rows"]] == [8.0, None]
@@ -131,36 +152,34 @@ def test_the_table_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch
         assert json.loads(out.read_text()) == table
     finally:
         triton_tiles.table.cache_clear()
-    assert f"load <= {'None':8} up {table['experts'][-1]['up']}" in tune.text_of(table)
+    assert f"pairs per expert <= {'None':8} up {table['experts'][-1]['up']}" in tune.text_of(table)
     # What was not measured stays as it was.
-    old = {"experts": [{"load": None}], "rows": [{"load": 5}]}
-    kept = tune.make_table(options, (256, 128, 8), CASES, tune.Log(tmp_path / "none", "a"), "NVIDIA Imaginary", old)
-    assert (kept["experts"], kept["rows"]) == (old["experts"], old["rows"])
+    kept = tune.make_table(options, (256, 128, 8), CASES, tune.Log(tmp_path / "none", "a"), "NVIDIA Imaginary", TABLE)
+    assert {name for name in kept if kept[name] != TABLE[name]} <= {"device", "date", "shapes", "note"}
 
 
 def test_near_candidates_are_the_present_entry_and_its_neighbours():
-    table = json.loads((tune.TUNED / "nvidia-h100.json").read_text())
-    cases = tune_cases.expert_cases(2048, 768, 128, tune_cases.LOADS) + tune_cases.row_cases(tune_cases.ROWS)
-    few = tune_cases.near(cases, table, 128)
-    assert {case.load for case in few} == {case.load for case in cases}
+    cases = all_cases()
+    few = tune_cases.near(cases, TABLE, 128)
+    assert {(case.product, case.load) for case in few} == {(case.product, case.load) for case in cases}
     assert len(few) < len(cases) / 2
-    for case in few:
-        load = case.load / 128 if case.product in ("up", "down") else case.load
-        rows = table["rows" if case.product == "rows" else "experts"]
-        [entry, *_] = [row for row in rows if row["load"] is None or load <= row["load"]]
-        if case.product != "place":
-            tile = entry["tile" if case.product == "rows" else case.product]
-            assert sum(a != b for a, b in zip(case.cut, tile, strict=True)) <= 2
+    present = TABLE["experts"][-1]["up"]
+    assert {sum(a != b for a, b in zip(c.cut, present, strict=True)) for c in few if c.product == "up"} >= {0, 1, 2}
+    assert all(
+        sum(a != b for a, b in zip(case.cut, present, strict=True)) <= 2
+        for case in few
+        if (case.product, case.load) == ("up", 256 * 128)
+    )
 
 
 def test_the_shipped_table_is_in_the_form_that_is_written():
     for path in tune.TUNED.glob("*.json"):
-        assert tune_cases.as_text(json.loads(path.read_text())) == path.read_text(), path.name
+        assert tune_cases.as_text(json.loads(path.read_text())) + "\n" == path.read_text(), path.name
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="what is said without a GPU")
 def test_without_a_gpu_it_says_what_is_needed(tmp_path, capsys):
-    arguments = ["--loads", "1", "--rows", "", "--log", str(tmp_path / "log.jsonl")]
+    arguments = ["--loads", "1", "--rows", "", "--no-few", "--log", str(tmp_path / "log.jsonl")]
     assert tune.main(arguments) == 3
     assert capsys.readouterr().err == (
         "error: tiles are measured on the GPU that will use them: it needs an NVIDIA GPU; the default device is 'cpu' "
@@ -178,9 +197,9 @@ def test_without_a_gpu_it_says_what_is_needed(tmp_path, capsys):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("up", 256, 256, 8, (0, 64, 1, 2, 2)),
+        Case("few_up", 256, 256, 4, (16, 1, 2, 2, 1)),
+        Case("few_down", 128, 256, 4, (16, 1, 2, 2, 1)),
         Case("up", 256, 256, 24, (8, 64, 4, 3, 1)),
-        Case("down", 128, 256, 8, (0, 64, 4, 2, 1)),
         Case("down", 128, 256, 24, (8, 64, 4, 2, 1)),
         Case("place", 8, 0, 24, (8,)),
         Case("rows", 256, 64, 3, (8, 64, 4, 2, 2)),
@@ -200,13 +219,13 @@ def test_what_is_timed_is_right(case, bench):
 
 @pytest.fixture(scope="module")
 def bench():
-    return tune_device.Bench(256, 128, experts=8, layers=1, interpret=True)
+    return tune_device.Bench(256, 128, experts=8, top_k=2, layers=1, interpret=True)
 
 
 def test_a_whole_run(tmp_path, monkeypatch, capsys):
     from ferrum_kernels import triton
 
-    def fake_timer(options, d, f, experts):
+    def fake_timer(options, d, f, experts, top_k):
         return lambda case: lambda: lambda: 100.0 / (case.cut[0] + 1) + case.cut[-1]
 
     monkeypatch.setattr(triton, "unavailable", lambda: None)

@@ -1,0 +1,146 @@
+"""The Mosaic GPU backend of Pallas: expert layers of many tokens on Hopper GPUs (compute capability 9.0).
+
+The name stands for both GPU backends: a layer goes to these kernels where they take its weights and were measured to
+be faster, and to the Triton kernels otherwise, as do products with one matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ferrum_kernels import triton, triton_route
+from ferrum_kernels.blocks import max_blocks
+from ferrum_kernels.errors import BackendError
+from ferrum_kernels.mosaic_matmul import Ring, product
+from ferrum_kernels.tiles import TiledLinear
+from ferrum_kernels.triton_matmul import Rows
+from ferrum_kernels.triton_tiles import FOLDER
+
+NAME = "mosaic"
+NAMES = (triton.NAME, NAME)  # which take weights in tiles
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, or None when they can."""
+    if problem := triton.unavailable():
+        return problem
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if capability != "9.0":
+        return f"it needs a Hopper GPU, compute capability 9.0; {device.device_kind} has {capability}"
+    if jax.__version_info__ < (0, 11, 0):
+        return f"it needs jax 0.11 or later; this is {jax.__version__}"
+    try:
+        from jax.experimental.pallas import mosaic_gpu  # noqa: F401
+    except ImportError:
+        return f"jax {jax.__version__} has no Mosaic GPU backend of Pallas"
+    return None
+
+
+def check(*weights: Any) -> None:
+    """Raise BackendError where the kernels cannot run or neither GPU backend takes a weight."""
+    if problem := unavailable():
+        raise BackendError(
+            f'implementation="{NAME}" cannot run: {problem}. Leave implementation out for the best one here, or use '
+            f'"triton" or "xla".'
+        )
+    for w in weights:
+        if problem := triton.refuses(w):
+            raise BackendError(f"{problem}.")
+
+
+def takes(x: jax.Array, gate_up: TiledLinear, down: TiledLinear) -> bool:
+    """Whether these kernels can multiply by the weights of a layer.
+
+    They hold 4 bits in symmetric groups of 128, in input order; 128 divides both widths of an expert.
+    """
+    features = down.k
+    sizes = features % 128 == 0 and gate_up.k % 128 == 0 and down.n_per_expert % 256 == 0
+    plain = all(w.bits == 4 and w.group_size == 128 and w.zeros is None and w.perm is None for w in (gate_up, down))
+    return sizes and plain and gate_up.n_per_expert == 2 * features and x.dtype == jnp.bfloat16
+
+
+@functools.cache
+def _table() -> list[dict[str, Any]]:
+    return json.loads((FOLDER / "mosaic-h100.json").read_text(encoding="utf-8"))["experts"]
+
+
+def rings(pairs: int, num_experts: int) -> tuple[Ring, Ring] | None:
+    """How both products of a layer are cut up, or None where the Triton kernels were as fast.
+
+    >>> rings(8 * 16, 128) is None
+    True
+    >>> rings(8 * 4096, 128)[0].columns[-1]
+    128
+    """
+    load = pairs / num_experts
+    row = next(row for row in _table() if row["load"] is None or load <= row["load"])
+    if row["up"] is None:
+        return None
+    up, down = ({**ring, "columns": tuple(ring["columns"])} for ring in (row["up"], row["down"]))
+    return Ring(**up), Ring(**down)
+
+
+def routed_experts(
+    x: jax.Array,
+    logits: jax.Array,
+    mask: jax.Array | None,
+    top_k: int,
+    norm: bool,
+    gate_up: TiledLinear,
+    down: TiledLinear,
+    layer: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A whole layer, as `triton.routed_experts`.
+
+    Args:
+      x: bfloat16 or float16 [T, D], T at least 1.
+      logits: float [T, E].
+      mask: bool [T], False for tokens that go nowhere; None: none.
+      top_k: K.
+      norm: rescale the K weights to sum to one.
+      gate_up: [E, D, 2 F], gate columns first; [L, E, D, 2 F] with `layer`.
+      down: [E, F, D], or [L, E, F, D].
+      layer: index into the stacks, or None.
+
+    Returns:
+      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K]. silu(gate) * up and a pair's output are rounded
+      to x.dtype; sums are float32.
+    """
+    how = rings(x.shape[0] * top_k, down.num_experts) if takes(x, gate_up, down) else None
+    if how is None:
+        return triton.routed_experts(x, logits, mask, top_k, norm, gate_up, down, layer)
+    chosen, weights, live, counts = triton.route(logits, mask, top_k, norm)
+    return run_experts(x, live, weights, counts, gate_up, down, layer, *how), chosen, weights
+
+
+def run_experts(
+    x: jax.Array,
+    live: jax.Array,
+    weights: jax.Array,
+    counts: jax.Array | None,
+    gate_up: TiledLinear,
+    down: TiledLinear,
+    layer: Any,
+    up_ring: Ring,
+    down_ring: Ring,
+) -> jax.Array:
+    """`triton.experts` with these kernels, cut up as told; both rings have the same block of rows."""
+    tokens, top_k = live.shape
+    pairs, num_experts, block = live.size, down.num_experts, up_ring.block
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    blocks = max_blocks(pairs, num_experts, block)
+    counts = triton.count(live, num_experts) if counts is None else counts
+    order, *tables = triton_route.place(live, counts, num_experts, block, blocks, False)
+    rows = Rows(block, *tables, order=order)
+    # Between the products a block's rows begin at a multiple of the block: a tile copied at once begins at no other.
+    h = product(x, gate_up, index, rows, blocks * block, up_ring, gated=True, pairs_per_row=top_k)
+    y = product(h, down, index, rows, pairs, down_ring, by_pair=True)
+    real = ((live >= 0) & (live < num_experts))[:, :, None]
+    y = y.reshape(tokens, top_k, -1).astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None]
+    return jnp.where(real, y, 0.0).sum(1).astype(x.dtype)

@@ -1,0 +1,332 @@
+"""The product kernel of the Mosaic GPU backend, for Hopper: the experts' products of many tokens.
+
+A program stays on its multiprocessor and takes one tile after another: some outputs of a block's expert. Its third
+warpgroup copies weights and activations into a ring in shared memory; the other two decode weights in registers, where
+they are wgmma's left operand, so that tokens are its columns. A block is multiplied in as few columns as hold its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ferrum_kernels import mosaic_registers as pieces
+from ferrum_kernels.mosaic_registers import GROUP, RUN
+from ferrum_kernels.tiles import PLANE, TiledLinear
+from ferrum_kernels.triton_matmul import Rows
+
+# Registers of a thread: three times 168, as a block of 384 threads gets them, are shared out anew.
+COPYING, MULTIPLYING = {True: 56, False: 40}, {True: 224, False: 232}  # by whether rows are gathered
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """How a product is cut up.
+
+    Attributes:
+      columns: how many rows of a block may be multiplied at once, ascending multiples of 8; the last is the block.
+      parts: tiles of 64 outputs, gate and up both counted, of each of two warpgroups: 1 or 2.
+      stages: groups of inputs in shared memory.
+      lag: groups whose gathered rows are under way at a time, fewer than stages.
+    """
+
+    columns: tuple[int, ...] = (32, 64, 96, 128)
+    parts: int = 2
+    stages: int = 4
+    lag: int = 2
+
+    @property
+    def block(self) -> int:
+        """Most rows of a block."""
+        return self.columns[-1]
+
+    @property
+    def outputs(self) -> int:
+        """Of a program's tile, gate and up both counted."""
+        return 2 * 2 * RUN * self.parts
+
+
+def product(
+    x: jax.Array,
+    w: TiledLinear,
+    layer: jax.Array | None,
+    rows: Rows,
+    out_rows: int,
+    ring: Ring,
+    *,
+    gated: bool = False,
+    pairs_per_row: int = 0,
+    by_pair: bool = False,
+) -> jax.Array:
+    """Rows times their experts' weights.
+
+    Args:
+      x: bfloat16 [X, K]: tokens of `pairs_per_row` pairs each, or rows in blocks of ring.block.
+      w: a stack [E], or [L, E] with `layer`: 4 bits, symmetric, groups of 128 inputs.
+      layer: int32 scalar or None.
+      rows: experts, starts and counts of each block, and order; blocks without rows come last.
+      out_rows: rows of the result.
+      ring: how to cut.
+      gated: the outputs are gate and up columns; write silu(gate) * up.
+      pairs_per_row: 0 where x is in blocks.
+      by_pair: write to the pair's row, else row r of block b to row b * ring.block + r.
+
+    Returns:
+      bfloat16 [out_rows, N] or [out_rows, N / 2]; rows that no block has are not written.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    n, programs = w.words.shape[-2], _multiprocessors()
+    out_columns = n // 2 if gated else n
+    statics = _Statics(ring, pairs_per_row, by_pair, gated, w.num_experts, w.num_blocks, out_columns, programs)
+    base = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,)) * w.num_experts
+    shared, stages, size = plgpu.SMEM, ring.stages, statics.size
+    copies = 2 * (2 if gated else 1)  # of words and scales
+    call = plgpu.kernel(
+        functools.partial(_body, statics),
+        out_type=jax.ShapeDtypeStruct((out_rows, out_columns), jnp.bfloat16),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        kernel_name="gptq_gated" if gated else "gptq_product",
+        scratch_types={
+            "x_ring": shared((stages, ring.block, GROUP), jnp.bfloat16, transforms=pieces.transforms(64)),
+            "words_ring": shared((stages, ring.outputs, PLANE), jnp.uint16, transforms=pieces.transforms(PLANE)),
+            "scales_ring": shared((stages, ring.outputs), w.scales.dtype),
+            "staging": shared((2, ring.block, size), jnp.bfloat16, transforms=pieces.transforms(size)),
+            "full": plgpu.Barrier(num_arrivals=copies + 1, num_barriers=stages),
+            "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        },
+    )
+    words, scales = w.words.reshape(-1, n, PLANE), w.scales.reshape(-1, n)
+    return call(x, words, scales, rows.experts, rows.starts, rows.counts, rows.order, base)
+
+
+def _multiprocessors() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    return device.num_cores if device is not None else jax.devices()[0].core_count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    ring: Ring
+    pairs_per_row: int
+    by_pair: bool
+    gated: bool
+    experts: int
+    groups: int
+    out_columns: int
+    programs: int
+
+    @property
+    def gathers(self) -> bool:
+        return self.pairs_per_row > 0
+
+    @property
+    def size(self) -> int:
+        """Columns of the result of 64 outputs."""
+        return RUN if self.gated else 2 * RUN
+
+    @property
+    def width(self) -> int:
+        """Columns of the result of a tile."""
+        return 2 * self.ring.parts * self.size
+
+    @property
+    def tiles(self) -> int:
+        """Of the outputs."""
+        return self.out_columns // self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    x: Any
+    words: Any
+    scales: Any
+    experts: Any
+    starts: Any
+    counts: Any
+    order: Any
+    base: Any
+    out: Any
+    x_ring: Any
+    words_ring: Any
+    scales_ring: Any
+    staging: Any
+    full: Any
+    empty: Any
+
+
+def _body(s: _Statics, *given: Any, **scratch: Any) -> None:
+    from jax.experimental import pallas as pl
+
+    refs = _Refs(*given, **scratch)
+    warpgroup = lax.axis_index("warpgroup")
+    pl.when(warpgroup == 2)(lambda: _copy(s, refs))
+    pl.when(warpgroup < 2)(lambda: _multiply(s, refs, warpgroup))
+
+
+class _Work(NamedTuple):
+    """A tile: how many came before it in this program, which of the outputs, and the block."""
+
+    turn: Any
+    tile: Any
+    block: Any
+    expert: Any
+    start: Any
+    count: Any
+
+
+def _each_tile(s: _Statics, refs: _Refs, run: Any) -> None:
+    """Call run with each _Work of this program, and with the tile that would come after it."""
+    blocks = refs.experts.shape[0]
+
+    def work_at(turn: Any) -> _Work:
+        tile = turn * s.programs + lax.axis_index("program")
+        block = lax.min(lax.div(tile, jnp.int32(s.tiles)), jnp.int32(blocks - 1))
+        numbers = refs.experts[block], refs.starts[block], refs.counts[block]
+        return _Work(turn, tile - block * s.tiles, block, *numbers)
+
+    def body(work: _Work) -> _Work:
+        after = work_at(work.turn + 1)
+        run(work, after)
+        return after
+
+    lax.while_loop(functools.partial(_is_work, s), body, work_at(jnp.int32(0)))
+
+
+def _is_work(s: _Statics, work: _Work) -> Any:
+    """False behind the last tile and from the first block on that has no rows."""
+    return (work.tile < s.tiles) & (work.expert >= 0) & (work.expert < s.experts) & (work.count > 0)
+
+
+def _by_columns(s: _Statics, count: Any, run: Any) -> None:
+    """Call run with the fewest columns that hold so many rows."""
+    from jax.experimental import pallas as pl
+
+    least = 0
+    for columns in s.ring.columns:
+        pl.when((count > least) & (count <= columns))(functools.partial(run, columns))
+        least = columns
+
+
+def _slot(s: _Statics, step: Any) -> Any:
+    return lax.rem(step, jnp.int32(s.ring.stages))
+
+
+def _copy(s: _Statics, refs: _Refs) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    lag, block = s.ring.lag, s.ring.block
+    plgpu.set_max_registers(COPYING[s.gathers], action="decrease")
+
+    def arrived(step: Any, under_way: int) -> None:
+        """Say that a step's gathered rows are there, when only those of so many later steps are not."""
+        pieces.instruction(f"cp.async.wait_group {under_way};")
+        pieces.instruction("fence.proxy.async.shared::cta;")
+        plgpu.barrier_arrive(refs.full.at[_slot(s, step)])
+
+    def run(work: _Work, after: _Work) -> None:
+        where = None
+        if s.gathers:
+            sources = pieces.sources(block, s.pairs_per_row, 2 * refs.x.shape[-1])
+            where = sources(refs.order, work.start, work.count)
+
+        def copy_group(columns: int, k: Any, _: None) -> None:
+            step = work.turn * s.groups + k
+            slot = _slot(s, step)
+            full = refs.full.at[slot]
+            pl.when(step >= s.ring.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
+            group = (work.expert + refs.base[0]) * s.groups + k
+            size = s.ring.outputs // (2 if s.gated else 1)
+            for i in range(2 if s.gated else 1):
+                column = pl.multiple_of(i * s.out_columns + work.tile * s.width, 64)
+                to, from_ = (slot, pl.ds(i * size, size)), (group, pl.ds(column, size))
+                plgpu.copy_gmem_to_smem(refs.words.at[from_], refs.words_ring.at[to], full)
+                plgpu.copy_gmem_to_smem(refs.scales.at[from_], refs.scales_ring.at[to], full)
+            if s.gathers:
+                pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k)
+                pieces.instruction("cp.async.commit_group;")
+                pl.when(step >= lag)(lambda: arrived(step - lag, lag))
+            else:
+                first = pl.multiple_of(work.block * block, block)
+                from_ = pl.ds(first, columns), pl.ds(pl.multiple_of(k * GROUP, GROUP), GROUP)
+                plgpu.copy_gmem_to_smem(refs.x.at[from_], refs.x_ring.at[slot, pl.ds(0, columns)], full)
+
+        _by_columns(
+            s, work.count, lambda columns: lax.fori_loop(0, s.groups, functools.partial(copy_group, columns), None)
+        )
+        if s.gathers:
+
+            @pl.when(~_is_work(s, after))
+            def _() -> None:
+                for left in range(lag, 0, -1):
+                    arrived((work.turn + 1) * s.groups - left, left - 1)
+
+    _each_tile(s, refs, run)
+
+
+def _multiply(s: _Statics, refs: _Refs, warpgroup: Any) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plgpu.set_max_registers(MULTIPLYING[s.gathers], action="increase")
+    _, row_layout, sums_layout, _ = pieces.layouts()
+    first = [(warpgroup * s.ring.parts + part) * s.size for part in range(s.ring.parts)]
+    other = s.width if s.gated else RUN  # from a part's first run to its second
+    runs = [[pl.ds(pl.multiple_of(at + more, RUN), RUN) for more in (0, other)] for at in first]
+    decode = pieces.decode()
+
+    def multiply_group(work: _Work, columns: int, k: Any, carry: Any) -> Any:
+        slot = _slot(s, work.turn * s.groups + k)
+        plgpu.barrier_wait(refs.full.at[slot])
+        x = refs.x_ring.at[slot, pl.ds(0, columns)].T
+        rescale = pieces.rescale(columns)
+
+        def multiply(part: int) -> list[Any]:
+            """Sums and scales of this part and the later ones, which are decoded while this one is multiplied."""
+            total, old = carry[part]
+            new = [plgpu.load(refs.scales_ring.at[slot, r], layout=row_layout, optimized=False) for r in runs[part]]
+            new = [scale.astype(jnp.float32) for scale in new]
+            weights = decode(*(refs.words_ring.at[slot, r] for r in runs[part]))
+            scaled = rescale(total, *old, *new)
+
+            def scope(sums: Any) -> list[Any]:
+                sums[...] = scaled
+                plgpu.wgmma(sums, weights, x)
+                later = multiply(part + 1) if part + 1 < s.ring.parts else []
+                return [(plgpu.layout_cast(sums[...], sums_layout), new), *later]
+
+            return pl.run_scoped(scope, plgpu.ACC((2 * RUN, columns), jnp.float32))
+
+        carry = multiply(0)
+        plgpu.barrier_arrive(refs.empty.at[slot])
+        return carry
+
+    def multiply_block(work: _Work, columns: int) -> None:
+        zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), sums_layout)
+        one = plgpu.layout_cast(jnp.ones((RUN,), jnp.float32), row_layout)
+        # Sums are kept in units of the last group's scales, so that the next group is added to them by wgmma itself.
+        carry = [(zero, [one, one]) for _ in first]
+        carry = lax.fori_loop(0, s.groups, functools.partial(multiply_group, work, columns), carry)
+        write = pieces.write(columns, s.gated, s.by_pair, s.out_columns)
+        staging = refs.staging.at[warpgroup, pl.ds(0, columns)]
+        row = work.start if s.by_pair else work.block * s.ring.block
+        for at, (sums, scales) in zip(first, carry, strict=True):
+            write(sums, *scales, staging, refs.out, refs.order, row, work.count, work.tile * s.width + at)
+
+    def run(work: _Work, _: _Work) -> None:
+        _by_columns(s, work.count, functools.partial(multiply_block, work))
+
+    _each_tile(s, refs, run)

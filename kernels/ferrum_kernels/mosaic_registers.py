@@ -1,0 +1,309 @@
+"""Pieces of the Mosaic GPU kernel that speak of single threads: decoding, scaling, gathering rows and writing them.
+
+A warpgroup's 64 outputs are two runs of 32: of a warp's 16 rows of the matrix units the first 8 are of run 0, the rest
+of run 1. So a thread that holds a gate value holds its up value as well, and the shared memory keeps gate and up apart.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+GROUP = 128  # inputs of a step of the kernel
+RUN = 32  # outputs of a run
+THREADS = 128  # of a warpgroup
+
+
+def layouts() -> Any:
+    """Which thread holds what: a run's words, a run's scales, both runs' sums, 64 outputs as they are written."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tiled = plgpu.Layout.TILED
+    pairs = ((8, 8), (2,))
+    words = tiled(plgpu.Tiling(((RUN, 8), *pairs)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    scales = tiled(
+        plgpu.Tiling(((RUN,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1
+    )
+    both = tiled(plgpu.Tiling(((2 * RUN, 8), (RUN, 8), *pairs)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    return words, scales, plgpu.Layout._WGMMA_ACC_32BIT, both
+
+
+def words_transforms() -> Any:
+    """How a tile of containers [outputs, 32], and any other rows of 64 bytes, lie in shared memory."""
+    return transforms(32)
+
+
+def transforms(columns: int) -> Any:
+    """How rows of 32 or 64 numbers of 16 bits lie in shared memory, so that 8 rows meet no bank twice."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+
+
+def _asm(result: Any, text: str, constraints: str, *args: Any, effects: bool = False) -> Any:
+    from jaxlib.mlir.dialects import llvm
+
+    return llvm.inline_asm(result, list(args), text, constraints, asm_dialect=0, has_side_effects=effects)
+
+
+def _types() -> Any:
+    from jaxlib.mlir import ir
+
+    i32, f32, bf16 = ir.IntegerType.get_signless(32), ir.F32Type.get(), ir.BF16Type.get()
+    return i32, ir.IntegerType.get_signless(64), f32, ir.VectorType.get((1,), f32), ir.VectorType.get((2,), bf16)
+
+
+def _one(register: Any) -> Any:
+    from jaxlib.mlir.dialects import vector
+
+    return vector.extract(register, dynamic_position=[], static_position=[0])
+
+
+def decode() -> Any:
+    """A function of two refs [32, 32] of containers: bfloat16 [64, 128], code - 8, as wgmma's left operand."""
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir.dialects import llvm
+
+    layout = layouts()[0].to_mgpu()
+
+    def body(_: Any, *runs: Any) -> Any:
+        i32, _, _, _, pair = _types()
+        words = [fa.FragmentedArray.load_tiled(r, 64, is_signed=False, layout=layout).registers.flat for r in runs]
+        registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((2 * RUN, GROUP)), dtype=object)
+        flat = registers.reshape(GROUP // RUN, RUN // 8, 2)
+        for plane, column, run in np.ndindex(flat.shape):
+            word = llvm.bitcast(i32, words[run][column])
+            # Two codes become 128 + code in bfloat16 by their bits; a fused multiply-add takes 136 away.
+            text = "{ .reg .b32 t, m, u; mov.b32 m, 0xc308c308; mov.b32 u, 0x3f803f80; shr.b32 t, $1, SHIFT; "
+            text += "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, t, u, m; }"
+            value = _asm(i32, text.replace("SHIFT", str(4 * plane)), "=r,r", word)
+            flat[plane, column, run] = llvm.bitcast(pair, value)
+        return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+
+    ref = plgpu.RefType(words_transforms())
+    result = plgpu.ShapeDtypeStruct((2 * RUN, GROUP), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    return plgpu.inline_mgpu(arg_types=(ref, ref), return_type=result)(body)
+
+
+def rescale(columns: int) -> Any:
+    """A function of sums [64, columns] and the two runs' scales [32], old and new: sums * old / new in float32."""
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir.dialects import vector
+
+    _, row, sums, _ = layouts()
+
+    def body(_: Any, total: Any, *scales: Any) -> Any:
+        _, _, f32, one, _ = _types()
+        a, b, c, d = map(_scale, scales)
+        text = "{ .reg .f32 t; rcp.approx.ftz.f32 t, $2; mul.f32 $0, t, $1; }"
+        ratios = [_asm(f32, text, "=f,f,f", *pair) for pair in ((a, c), (b, d))]
+        registers = np.empty_like(total.registers)
+        old, result = total.registers.reshape(-1, 2, 2), registers.reshape(-1, 2, 2)
+        for at in np.ndindex(old.shape):
+            value = _asm(f32, "mul.f32 $0, $1, $2;", "=f,f,f", _one(old[at]), ratios[at[1]])
+            result[at] = vector.broadcast(one, value)
+        return fa.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+
+    result = plgpu.ShapeDtypeStruct((2 * RUN, columns), jnp.float32, layout=sums)
+    return plgpu.inline_mgpu(arg_types=(sums, row, row, row, row), return_type=result)(body)
+
+
+def _scale(array: Any) -> Any:
+    """A thread's scale in float32; for zero a number so small that its group adds nothing that a float32 sum keeps."""
+    f32 = _types()[2]
+    text = "{ .reg .pred p; .reg .f32 t; mov.f32 t, 0f21800000; setp.eq.f32 p, $1, 0f00000000; selp.f32 $0, t, $1, p; }"
+    return _asm(f32, text, "=f,f", _one(array.registers.flat[0]))
+
+
+def _thread() -> Any:
+    """This thread's number in its warpgroup, int32."""
+    import jax.experimental.mosaic.gpu as mgpu
+    from jaxlib.mlir.dialects import arith
+
+    return arith.remui(mgpu.thread_idx(), mgpu.c(THREADS, _types()[0]))
+
+
+def _scalar(x: Any) -> Any:
+    return x.registers.flat[0]
+
+
+def _at(ref: Any, byte_offset: Any) -> Any:
+    """A pointer so many bytes (int64) behind the start of a ref."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    return utils.getelementptr(utils.memref_ptr(ref), [byte_offset], ir.IntegerType.get_signless(8))
+
+
+def _pair_at(order: Any, start: Any, row: Any, count: Any) -> Any:
+    """order[start + row], the last row's for rows that are not there."""
+    import jax.experimental.mosaic.gpu as mgpu
+    from jaxlib.mlir.dialects import arith, llvm
+
+    i32, i64 = _types()[:2]
+    place = arith.addi(start, arith.minsi(row, arith.subi(count, mgpu.c(1, i32))))
+    return llvm.load(i32, _at(order, arith.muli(arith.extui(i64, place), mgpu.c(4, i64))))
+
+
+def sources(block: int, pairs_per_row: int, row_bytes: int) -> Any:
+    """A function of order, start and count: where in x, in bytes, each row of a block begins that a thread copies.
+
+    Eight rows are copied at once, 16 threads to a row.
+    """
+    import jax.experimental.mosaic.gpu as mgpu
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    layout = plgpu.Layout.WG_STRIDED((block // 8 * THREADS,), vec_size=1)
+
+    def body(_: Any, order: Any, start: Any, count: Any) -> Any:
+        i32 = _types()[0]
+        first = arith.shrui(_thread(), mgpu.c(4, i32))
+        registers = np.empty((block // 8,), dtype=object)
+        for i in range(block // 8):
+            pair = _pair_at(order, _scalar(start), arith.addi(first, mgpu.c(8 * i, i32)), _scalar(count))
+            row = arith.divui(pair, mgpu.c(pairs_per_row, i32))
+            offset = arith.muli(row, mgpu.c(row_bytes, i32))
+            registers[i] = vector.broadcast(ir.VectorType.get((1,), i32), offset)
+        return fa.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=False)
+
+    scalar = plgpu.Layout.WG_SPLAT(())
+    result = plgpu.ShapeDtypeStruct((block // 8 * THREADS,), jnp.uint32, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar), return_type=result)(body)
+
+
+def gather(block: int, rows: int) -> Any:
+    """A function of x, `sources`, a ref [block, 128] in shared memory and a step: starts copying `rows` rows."""
+    import jax.experimental.mosaic.gpu as mgpu
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    layout = plgpu.Layout.WG_STRIDED((block // 8 * THREADS,), vec_size=1)
+
+    def body(_: Any, x: Any, offsets: Any, to: Any, step: Any) -> None:
+        i32, i64 = _types()[:2]
+        thread = _thread()
+
+        def c(n: int) -> Any:
+            return mgpu.c(n, i32)
+
+        row, chunk = arith.shrui(thread, c(4)), arith.andi(thread, c(15))
+        along = arith.addi(arith.muli(_scalar(step), c(2 * GROUP)), arith.muli(chunk, c(16)))
+        # A tile of 8 rows of 128 bytes; the 16-byte pieces of a row are swapped by its number.
+        piece = arith.xori(arith.andi(chunk, c(7)), row)
+        inside = arith.addi(arith.muli(arith.shrui(chunk, c(3)), c(1024)), arith.muli(row, c(128)))
+        inside = arith.addi(inside, arith.muli(piece, c(16)))
+        base = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(to)), inside)
+        for i in range(rows // 8):
+            offset = arith.addi(arith.extui(i64, _one(offsets.registers.flat[i])), arith.extui(i64, along))
+            _asm(
+                ir.Type.parse("!llvm.void"),
+                f"cp.async.cg.shared.global [$0+{i * 2048}], [$1], 16;",
+                "r,l",
+                base,
+                _at(x, offset),
+                effects=True,
+            )
+
+    shared = plgpu.RefType(transforms(64))
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, shared, plgpu.Layout.WG_SPLAT(())))(body)
+
+
+def instruction(text: str) -> None:
+    """Run an instruction without operands."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    plgpu.inline_mgpu()(lambda _: (_asm(ir.Type.parse("!llvm.void"), text, "", effects=True), None)[1])()
+
+
+def write(rows: int, gated: bool, by_pair: bool, out_columns: int) -> Any:
+    """A function that writes a warpgroup's sums [64, rows] to its columns of `count` rows of the result.
+
+    Its arguments are the sums, the two runs' scales, a ref [rows, 32 or 64] in shared memory, the result, order, start,
+    count and the first column. Gated sums become silu(gate) * up, half as many.
+    """
+    import jax.experimental.mosaic.gpu as mgpu
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    runs, row, sums_layout, both = layouts()
+    columns = RUN if gated else 2 * RUN
+    layout = (runs if gated else both).to_mgpu()
+    pieces = columns // 8  # of 16 bytes in a row
+    turns = -(-rows * pieces // THREADS)
+
+    def pack(low: Any, high: Any) -> Any:
+        i32, *_, pair = _types()
+        return llvm.bitcast(pair, _asm(i32, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", high, low))
+
+    def silu_times(gate: Any, up: Any) -> Any:
+        text = "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+        text += "rcp.approx.ftz.f32 t, t; mul.f32 t, t, $1; mul.f32 $0, t, $2; }"
+        return _asm(_types()[2], text, "=f,f,f", gate, up)
+
+    def body(
+        _: Any, total: Any, a: Any, b: Any, shared: Any, out: Any, order: Any, start: Any, count: Any, column: Any
+    ) -> None:
+        i32, i64, f32 = _types()[:3]
+        start, count, column = (_scalar(s) for s in (start, count, column))
+
+        def c(n: int) -> Any:
+            return mgpu.c(n, i32)
+
+        thread = _thread()
+        piece, first = arith.andi(thread, c(pieces - 1)), arith.shrui(thread, c(int(math.log2(pieces))))
+        there = [arith.addi(first, c(i * THREADS // pieces)) for i in range(turns)]
+        targets = [_pair_at(order, start, r, count) if by_pair else arith.addi(start, r) for r in there]
+
+        registers = np.empty(layout.registers_shape((columns, rows)), dtype=object)
+        sums = total.registers.reshape(rows // 8, 2, 2)
+        old, scales = np.empty_like(sums), (_scale(a), _scale(b))
+        for at in np.ndindex(sums.shape):
+            old[at] = _asm(f32, "mul.f32 $0, $1, $2;", "=f,f,f", _one(sums[at]), scales[at[1]])
+        if gated:
+            flat = registers.reshape(rows // 8)
+            for at in range(rows // 8):
+                flat[at] = pack(*(silu_times(old[at, 0, i], old[at, 1, i]) for i in range(2)))
+        else:
+            flat = registers.reshape(rows // 8, 2)
+            for at, run in np.ndindex(flat.shape):
+                flat[at, run] = pack(*old[at, run])
+        utils.warpgroup_barrier()  # the last block's rows have left
+        values = fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        values.store_tiled(mgpu.memref_transpose(shared, (1, 0, 3, 2)), 2 * columns)
+        utils.warpgroup_barrier()
+        vector = ir.VectorType.get((4,), i32)
+        for place, target in zip(there, targets, strict=True):
+            swap = arith.andi(place if columns == 64 else arith.shrui(place, c(1)), c(pieces - 1))
+            inside = arith.addi(arith.muli(place, c(2 * columns)), arith.muli(arith.xori(piece, swap), c(16)))
+            value = llvm.load(vector, _at(shared, arith.extui(i64, inside)))
+            parts = [llvm.extractelement(value, c(i)) for i in range(4)]
+            along = arith.muli(arith.addi(column, arith.muli(piece, c(8))), c(2))
+            offset = arith.muli(arith.extui(i64, target), mgpu.c(2 * out_columns, i64))
+            _asm(
+                ir.Type.parse("!llvm.void"),
+                "{ .reg .pred p; setp.lt.s32 p, $0, $1; @p st.global.v4.b32 [$2], {$3, $4, $5, $6}; }",
+                "r,r,l,r,r,r,r",
+                place,
+                count,
+                _at(out, arith.addi(offset, arith.extui(i64, along))),
+                *parts,
+                effects=True,
+            )
+
+    scalar = plgpu.Layout.WG_SPLAT(())
+    refs = plgpu.RefType(transforms(columns)), plgpu.RefType(), plgpu.RefType()
+    return plgpu.inline_mgpu(arg_types=(sums_layout, row, row, *refs, scalar, scalar, scalar))(body)

@@ -1,0 +1,100 @@
+"""The Mosaic GPU kernels: which layers go to them, what a device without them is told, and that they lower for CUDA."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ferrum_kernels import mosaic, tile, triton
+from ferrum_kernels.errors import BackendError
+from ferrum_kernels.mosaic_matmul import Ring
+from ferrum_kernels.tiles import TiledLinear
+from tests.support.gptq_cases import make_stack
+from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
+
+pytestmark = ignore_deprecation
+STRUCT = jax.ShapeDtypeStruct
+
+
+def stack(k: int, n: int, experts: int = 128, **fields) -> TiledLinear:
+    words, scales = STRUCT((2, experts, k // 128, n, 32), jnp.uint16), STRUCT((2, experts, k // 128, n), jnp.float16)
+    return TiledLinear(words, scales, group_size=128, shape=(k, n), **fields)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
+@pytest.mark.parametrize("ring", [Ring(), Ring((16, 32, 48, 64), parts=1, stages=8)])
+def test_a_layer_lowers_for_cuda(ring):
+    pairs = STRUCT((300, 8), jnp.int32)
+    counts = STRUCT((75, 128), jnp.int32)
+
+    def layer(x, live, weights, counts, gate_up, down):
+        return mosaic.run_experts(x, live, weights, counts, gate_up, down, 1, ring, ring)
+
+    weights = STRUCT(pairs.shape, jnp.float32)
+    args = (pairs, weights, counts, stack(2048, 1536), stack(768, 2048))
+    text = lower_for_cuda(layer, STRUCT((300, 2048), jnp.bfloat16), *args)
+    assert len(set(re.findall(r"gptq_(?:gated|product)_mosaic_gpu", text))) == 2
+
+
+def test_few_tokens_stay_with_triton():
+    assert mosaic.rings(8, 128) is None
+    up, down = mosaic.rings(8 * 4096, 128)
+    assert up.block == down.block == 128
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down", "dtype", "taken"),
+    [
+        (stack(2048, 1536), stack(768, 2048), "bfloat16", True),
+        (stack(2048, 1536), stack(768, 2048), "float16", False),
+        (stack(2048, 1536, zeros=STRUCT((), jnp.uint8)), stack(768, 2048), "bfloat16", False),
+        (stack(2048, 1536), stack(768, 2048, perm=STRUCT((), jnp.int32)), "bfloat16", False),
+        (stack(2048, 1536, bits=8), stack(768, 2048), "bfloat16", False),
+        (stack(2048, 1408), stack(704, 2048), "bfloat16", False),
+    ],
+)
+def test_which_weights_are_taken(gate_up, down, dtype, taken):
+    assert mosaic.takes(STRUCT((256, 2048), dtype), gate_up, down) is taken
+
+
+def test_a_layer_that_is_not_taken_runs_on_triton():
+    up, down = (tile(make_stack(1, 4, k=k, n=128, group_size=32)[0]) for k in (128, 64))
+    logits = jnp.array([[3.0, 1, 2, 0], [0, 2, 1, 3]])
+    layer = jnp.ones((2, 128), jnp.bfloat16), logits, None, 2, True, up, down, None
+    with triton.interpreted():
+        for mine, other in zip(mosaic.routed_experts(*layer), triton.routed_experts(*layer), strict=True):
+            assert (mine == other).all()
+
+
+def test_a_device_without_them_is_told_what_to_do():
+    message = (
+        r'implementation="mosaic" cannot run: it needs an NVIDIA GPU; the default device is .*\. Leave '
+        r'implementation out for the best one here, or use "triton" or "xla"\.'
+    )
+    with pytest.raises(BackendError, match=message):
+        mosaic.check()
+
+
+class Card:
+    platform, device_kind = "gpu", "NVIDIA A100"
+
+    def __init__(self, capability: str):
+        self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "problem"),
+    [
+        ("8.0", (0, 11, 0), "it needs a Hopper GPU, compute capability 9.0; NVIDIA A100 has 8.0"),
+        ("10.0", (0, 11, 0), "it needs a Hopper GPU, compute capability 9.0; NVIDIA A100 has 10.0"),
+        ("9.0", (0, 10, 2), f"it needs jax 0.11 or later; this is {jax.__version__}"),
+    ],
+)
+def test_other_cards_and_versions_are_told_apart(monkeypatch, capability, version, problem):
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(jax, "devices", lambda: [Card(capability)])
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert mosaic.unavailable() == problem

@@ -1,0 +1,76 @@
+"""The Mosaic GPU kernels on a Hopper GPU: any load, no row unwritten, the same bits at every run."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ferrum_kernels import mosaic, tile, triton
+from ferrum_kernels.mosaic_matmul import Ring
+from tests.support.gptq_cases import make_stack
+from tests.support.triton_cases import expert_layer, ignore_deprecation, relative
+
+pytestmark = [
+    pytest.mark.gpu,
+    ignore_deprecation,
+    pytest.mark.skipif(mosaic.unavailable() is not None, reason="not a Hopper GPU"),
+]
+TWO_ROUNDINGS = 2.9e-3
+E, K, WIDTH, FEATURES = 16, 4, 512, 256
+SMALL = Ring((16, 32, 48, 64), stages=6)
+NARROW = Ring((32, 64, 96, 128), parts=1)
+
+
+@functools.cache
+def layer():
+    up, dense_up = make_stack(1, E, k=WIDTH, n=2 * FEATURES, bits=4, group_size=128, sym=True)
+    down, dense_down = make_stack(2, E, k=FEATURES, n=WIDTH, bits=4, group_size=128, sym=True)
+    return jax.tree.map(lambda a: jnp.stack([jnp.zeros_like(a), a]), (tile(up), tile(down))), dense_up, dense_down
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def run(x, logits, mask, stacks, ring):
+    _, weights, live, counts = triton.route(logits, mask, K, True)
+    return live, weights, mosaic.run_experts(x, live, weights, counts, *stacks, 1, ring, ring)
+
+
+@pytest.mark.parametrize(("tokens", "ring"), [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring())])
+@pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked"])
+def test_a_layer(tokens, load, ring):
+    stacks, dense_up, dense_down = layer()
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.standard_normal((tokens, WIDTH)), jnp.bfloat16)
+    bias = {"few experts": (np.arange(E) < 6) * 100, "one expert": (np.arange(E) < K) * 100}.get(load, 0)
+    logits = jnp.asarray(rng.standard_normal((tokens, E)) + bias)
+    mask = jnp.asarray(rng.random(tokens) < (0.5 if load == "masked" else 1))
+
+    for shape in ((tokens * K + E * ring.block, FEATURES), (tokens * K, WIDTH)):
+        jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.bfloat16)).delete()
+    live, weights, y = run(x, logits, mask, stacks, ring)
+    some = np.random.default_rng(0).permutation(tokens)[:40]
+    picked = np.asarray(x)[some], np.asarray(live)[some], np.asarray(weights)[some]
+    expected = expert_layer(*picked, dense_up, dense_down)
+    assert relative(np.asarray(y)[some], expected) < TWO_ROUNDINGS
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+    assert (run(x, logits, mask, stacks, ring)[2] == y).all()
+
+
+def test_scales_of_any_size():
+    stacks, *_ = layer()
+    up, down = jax.tree.map(lambda a: a[1], stacks)
+    scales = np.asarray(up.scales).copy()
+    scales[:, 0] = 0
+    scales[:, 1, ::2] = 6e-8
+    dense = np.asarray(jnp.asarray(scales, jnp.float32))
+    assert dense.min() == 0
+    up = type(up)(up.words, jnp.asarray(scales), group_size=128, shape=up.shape)
+    x = jnp.asarray(np.random.default_rng().standard_normal((64, WIDTH)), jnp.bfloat16)
+    live = jnp.asarray(np.random.default_rng(1).integers(0, E, (64, K)), jnp.int32)
+    weights = jnp.full((64, K), 1 / K, jnp.float32)
+    got = mosaic.run_experts(x, live, weights, None, up, down, None, Ring(), Ring())
+    expected = triton.experts(x, live, weights, None, up, down, None)
+    assert relative(got, np.asarray(expected, np.float64)) < TWO_ROUNDINGS
