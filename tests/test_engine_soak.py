@@ -103,6 +103,8 @@ def soak(
     assert held() == before
     assert resident() - memory < 64 * 2**20
     assert compilations.count == 0
+    jax.jit(lambda x: x * steps + 1)(np.float32(overlap))  # the control: it does count
+    assert compilations.count > 0
     return counts | {"preemptions": engine.load.preemptions}
 
 
