@@ -121,15 +121,16 @@ def _plain_product(x: jax.Array, weight: jax.Array, cfg: ModelConfig, layer: Any
 
 def uses_cpu_kernels(cfg: ModelConfig) -> bool:
     """Whether what is not a packed product runs on the CPU kernels too."""
-    return _implementation(cfg) in cpu.NAMES
+    return implementation_of(cfg) in cpu.NAMES
 
 
 def uses_triton(cfg: ModelConfig) -> bool:
-    """Whether what is not a packed product runs on the Triton kernels too, as it does under both GPU backends' names."""
-    return _implementation(cfg) in mosaic.NAMES
+    """Whether what is not a packed product runs on the Triton kernels too, under either GPU backend's name."""
+    return implementation_of(cfg) in mosaic.NAMES
 
 
-def _implementation(cfg: ModelConfig) -> str:
+def implementation_of(cfg: ModelConfig) -> str:
+    """The name that `cfg.implementation` stands for on the default device."""
     return default_implementation() if cfg.implementation is None else cfg.implementation
 
 

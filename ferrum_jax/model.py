@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, RequestError, ShapeError
-from ferrum_jax.kernels import default_implementation
-from ferrum_jax.layers import add_norm, attention, linear, rms_norm, uses_cpu_kernels
+from ferrum_jax.layers import add_norm, attention, implementation_of, linear, rms_norm, uses_cpu_kernels
 from ferrum_jax.moe import Routing
 from ferrum_jax.paged import Cache, PagedCache, put, room, rows
 from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
@@ -173,7 +172,7 @@ def _attend(
 ) -> Attend:
     """Attention over the cache in XLA's operations."""
     # jax-metal has no scatter; everywhere else it is what writes in place.
-    scatter = _implementation(cfg) != "apple"
+    scatter = implementation_of(cfg) != "apple"
 
     def attend(p: Params, x: jax.Array, cache: Cache, at: Place) -> tuple[jax.Array, Cache]:
         q, *new = _heads(_project(p, x, at, cfg), p, positions, angles, cfg)
@@ -232,7 +231,7 @@ def _attend_on_triton(
 def _attention_of(cfg: ModelConfig, cache: Cache) -> Callable[..., Attend]:
     """Which of the three above reads this cache."""
     paged, codes = isinstance(cache, PagedCache), cache.k_scale is not None
-    implementation = _implementation(cfg)
+    implementation = implementation_of(cfg)
     if paged and implementation == "apple":
         raise BackendError(
             "pages are written by scatter, which implementation='apple' does without; use init_cache, or another "
@@ -284,12 +283,6 @@ def _logits(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
     if "lm_head" in params:
         return linear(x, params["lm_head"], cfg, out_dtype=jnp.float32)
     return einsum("...d,vd->...v", x, params["embed"].astype(x.dtype))
-
-
-def _implementation(cfg: ModelConfig) -> str:
-    if cfg.implementation is None:
-        return default_implementation()
-    return cfg.implementation
 
 
 def _check_tokens(tokens: jax.Array, ndim: int, cfg: ModelConfig) -> None:

@@ -18,7 +18,16 @@ from ferrum_jax.kernels import (
     grouped_gptq_matmul,
     to_blocks,
 )
-from ferrum_jax.layers import add_norm, at_layer, linear, rms_norm, silu_mul, uses_cpu_kernels, uses_triton
+from ferrum_jax.layers import (
+    add_norm,
+    at_layer,
+    implementation_of,
+    linear,
+    rms_norm,
+    silu_mul,
+    uses_cpu_kernels,
+    uses_triton,
+)
 from ferrum_kernels import cpu, mosaic, triton, triton_norm
 from ferrum_kernels.blocks import dispatch as dispatch
 from ferrum_kernels.derivatives import differentiable
@@ -277,8 +286,7 @@ def _on_triton(
     logits: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
     """The same layer in four or five kernels after the router's product."""
-    name = default_implementation() if cfg.implementation is None else cfg.implementation
-    backend = mosaic if name == mosaic.NAME else triton
+    backend = mosaic if implementation_of(cfg) == mosaic.NAME else triton
     backend.check(*params["experts"].values())
     triton.check_dtype(x)
     portable = dataclasses.replace(cfg, implementation="xla")

@@ -75,8 +75,8 @@ class Loading(Checkpoint):
     """Options of every command that runs a model.
 
     Args:
-      implementation: of the packed matmuls (cpu, cpu-exact, cpu-int8, triton, xla, apple, reference); without it the
-        best of the device.
+      implementation: of the packed matmuls (cpu, cpu-exact, cpu-int8, triton, mosaic, xla, apple, reference); without
+        it the best of the device.
       lm_head_bits: hold an unquantised output projection in 4 or 8 bits, rounded while it is loaded.
       no_weight_cache: read the checkpoint itself, and keep no assembled weights on disk for the next start.
     """

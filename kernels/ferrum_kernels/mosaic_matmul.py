@@ -112,9 +112,8 @@ def product(
 
 
 def _multiprocessors() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
-    return device.num_cores if device is not None else jax.devices()[0].core_count
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "num_cores", None) or jax.devices()[0].core_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +287,11 @@ def _multiply(s: _Statics, refs: _Refs, warpgroup: Any) -> None:
     runs = [[pl.ds(pl.multiple_of(at + more, RUN), RUN) for more in (0, other)] for at in first]
     decode = pieces.decode()
 
+    def load_scale(ref: Any) -> Any:
+        # jax 0.10's load, which these kernels do not run with, takes its index apart from the ref.
+        scale = plgpu.load(ref, layout=row_layout, optimized=False)  # pyright: ignore[reportCallIssue]
+        return scale.astype(jnp.float32)
+
     def multiply_group(work: _Work, columns: int, k: Any, carry: Any) -> Any:
         slot = _slot(s, work.turn * s.groups + k)
         plgpu.barrier_wait(refs.full.at[slot])
@@ -297,8 +301,7 @@ def _multiply(s: _Statics, refs: _Refs, warpgroup: Any) -> None:
         def multiply(part: int) -> list[Any]:
             """Sums and scales of this part and the later ones, which are decoded while this one is multiplied."""
             total, old = carry[part]
-            new = [plgpu.load(refs.scales_ring.at[slot, r], layout=row_layout, optimized=False) for r in runs[part]]
-            new = [scale.astype(jnp.float32) for scale in new]
+            new = [load_scale(refs.scales_ring.at[slot, run]) for run in runs[part]]
             weights = decode(*(refs.words_ring.at[slot, r] for r in runs[part]))
             scaled = rescale(total, *old, *new)
 
@@ -308,7 +311,7 @@ def _multiply(s: _Statics, refs: _Refs, warpgroup: Any) -> None:
                 later = multiply(part + 1) if part + 1 < s.ring.parts else []
                 return [(plgpu.layout_cast(sums[...], sums_layout), new), *later]
 
-            return pl.run_scoped(scope, plgpu.ACC((2 * RUN, columns), jnp.float32))
+            return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((2 * RUN, columns), jnp.float32))
 
         carry = multiply(0)
         plgpu.barrier_arrive(refs.empty.at[slot])

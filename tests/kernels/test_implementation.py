@@ -42,6 +42,11 @@ def test_each_platform_has_a_best_one(platform, name):
     assert default_implementation(platform) == name
 
 
+def test_a_hopper_gpu_has_its_own_best_one(monkeypatch):
+    monkeypatch.setattr(ops.mosaic, "unavailable", lambda: None)
+    assert default_implementation("cuda") == "mosaic"
+
+
 def test_the_cpu_has_its_kernels_where_they_were_built(monkeypatch):
     monkeypatch.setattr(ops, "unavailable", lambda: None)
     assert default_implementation("cpu") == "cpu"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ferrum_kernels import mosaic, tile, triton
+from ferrum_kernels import gptq_matmul, mosaic, tile, triton
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.mosaic_matmul import Ring
 from ferrum_kernels.tiles import TiledLinear
@@ -41,8 +41,8 @@ def test_a_layer_lowers_for_cuda(ring):
 
 def test_few_tokens_stay_with_triton():
     assert mosaic.rings(8, 128) is None
-    up, down = mosaic.rings(8 * 4096, 128)
-    assert up.block == down.block == 128
+    assert [ring.block for ring in mosaic.rings(8 * 512, 128) or ()] == [64, 64]
+    assert [ring.block for ring in mosaic.rings(8 * 4096, 128) or ()] == [128, 128]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_few_tokens_stay_with_triton():
     ],
 )
 def test_which_weights_are_taken(gate_up, down, dtype, taken):
-    assert mosaic.takes(STRUCT((256, 2048), dtype), gate_up, down) is taken
+    assert mosaic.takes(jnp.zeros((1, 2048), dtype), gate_up, down) is taken
 
 
 def test_a_layer_that_is_not_taken_runs_on_triton():
@@ -74,8 +74,10 @@ def test_a_device_without_them_is_told_what_to_do():
         r'implementation="mosaic" cannot run: it needs an NVIDIA GPU; the default device is .*\. Leave '
         r'implementation out for the best one here, or use "triton" or "xla"\.'
     )
+    w = tile(make_stack(1, 1, k=32, n=64, group_size=32)[0])
+    w = jax.tree.map(lambda a: a[0], w)
     with pytest.raises(BackendError, match=message):
-        mosaic.check()
+        gptq_matmul(jnp.ones((1, 32), jnp.bfloat16), w, implementation="mosaic")
 
 
 class Card:

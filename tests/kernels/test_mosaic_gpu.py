@@ -35,7 +35,7 @@ def layer():
 @functools.partial(jax.jit, static_argnums=4)
 def run(x, logits, mask, stacks, ring):
     _, weights, live, counts = triton.route(logits, mask, K, True)
-    return live, weights, mosaic.run_experts(x, live, weights, counts, *stacks, 1, ring, ring)
+    return live, weights, mosaic.run_experts(x, live, weights, counts, stacks[0], stacks[1], 1, ring, ring)
 
 
 @pytest.mark.parametrize(("tokens", "ring"), [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring())])
