@@ -46,7 +46,8 @@ def covers(plan: SamplerPlan, needed: SamplerPlan) -> bool:
 
 def union(plans: tuple[SamplerPlan, ...]) -> SamplerPlan:
     """The plan with every stage of all."""
-    return SamplerPlan(**{n: max((getattr(p, n) or 0) for p in plans) for n in SamplerPlan.__dataclass_fields__})
+    stages: dict[str, Any] = {n: max((getattr(p, n) or 0) for p in plans) for n in SamplerPlan.__dataclass_fields__}
+    return SamplerPlan(**stages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ def advance(
     absent = () if plan.bias else ("bias",)
     absent += () if plan.repetition else ("in_prompt",)
     absent += () if plan.repetition or plan.presence_frequency else ("counts",)
-    rows = {
+    rows: dict[str, Any] = {
         field.name: None if field.name in absent else _take(getattr(state.sampler, field.name), slot)
         for field in dataclasses.fields(SamplerState)
     }

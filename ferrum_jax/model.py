@@ -215,12 +215,13 @@ def _attend_on_triton(
         scales = None if cache.k_scale is None else (cache.k_scale, cache.v_scale)
         table = cache.table if isinstance(cache, PagedCache) else None
         place = (cache.k, cache.v), at.layer, start, count, at.window, table, scales
-        rest = norms, cfg.rms_norm_eps, cosine, sine, *place
+        rest: tuple[Any, ...] = (norms, cfg.rms_norm_eps, cosine, sine, *place)
         if "qkv" in p:
             qkv = linear(x, p["qkv"], cfg, p.get("qkv_bias"), layer=at.index)
             y, pools, scales = triton_attention.attention_fused(qkv, *rest, norm_layer=at.index)
         else:
-            y, pools, scales = triton_attention.attention(*_project(p, x, at, cfg), *rest, norm_layer=at.index)
+            q, k, v = _project(p, x, at, cfg)
+            y, pools, scales = triton_attention.attention(q, k, v, *rest, norm_layer=at.index)
         k_scale, v_scale = scales or (None, None)
         return y, dataclasses.replace(cache, k=pools[0], v=pools[1], k_scale=k_scale, v_scale=v_scale)
 
@@ -239,7 +240,7 @@ def _attention_of(cfg: ModelConfig, cache: Cache) -> Callable[..., Attend]:
     if uses_cpu_kernels(cfg) and not paged and not codes and cfg.head_dim % 2 == 0 and cfg.head_dim <= cpu.MOST_HEAD:
         return _attend_on_cpu
     takes = triton_attention.takes(cfg.dtype, cfg.head_dim) and (codes or cache.k.dtype == jnp.dtype(cfg.dtype))
-    if paged:
+    if isinstance(cache, PagedCache):
         takes = takes and cache.page >= 16 and cache.page & (cache.page - 1) == 0
     return _attend_on_triton if implementation in mosaic.NAMES and takes else _attend
 

@@ -18,9 +18,9 @@ import numpy as np
 from jax import lax
 
 from ferrum_jax.buckets import BucketedStep, CompileRecord
-from ferrum_jax.cache import KVCache
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.model import prefill
+from ferrum_jax.paged import Cache
 from ferrum_jax.sampling import Sampled, SamplerPlan, SamplerState, sample_step
 
 LEAST_STOPS = 8  # room for a row's stop ids, so that most requests share a program
@@ -103,7 +103,7 @@ class Programs:
         """Spent on them."""
         return sum(record.seconds for record in self.records())
 
-    def _prefill(self, params: Any, tokens: Any, lengths: Any, cache: KVCache, logits: Any) -> Any:
+    def _prefill(self, params: Any, tokens: Any, lengths: Any, cache: Cache, logits: Any) -> Any:
         new, cache = prefill(params, tokens, lengths, cache, self.cfg)
         return jnp.where((lengths > 0)[:, None], new, logits), cache
 
@@ -118,9 +118,9 @@ def decode_steps(
     params: Any,
     going: Going,
     keep: jax.Array,
-    cache: KVCache,
+    cache: Cache,
     state: SamplerState,
-) -> tuple[Sampled, Going, KVCache, SamplerState]:
+) -> tuple[Sampled, Going, Cache, SamplerState]:
     """Several decode steps, each on the tokens of the one before.
 
     Args:
@@ -200,7 +200,7 @@ class Ahead:
     SECONDS = 0.05  # of a dispatch, at most, so that a stream feels immediate
 
     def __init__(
-        self, programs: Programs, params: Any, rows: Going, cache: KVCache, state: Any, ladder: tuple[int, ...]
+        self, programs: Programs, params: Any, rows: Going, cache: Cache, state: Any, ladder: tuple[int, ...]
     ) -> None:
         self._programs, self._params, self._ladder = programs, params, ladder
         self._rows, self._cache, self._state = rows, cache, state

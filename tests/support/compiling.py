@@ -30,5 +30,6 @@ class Compilations:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, duration: float, **_: object) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: object) -> None:
+        del duration_secs
         self.count += event in self._EVENTS
