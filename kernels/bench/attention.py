@@ -1,9 +1,9 @@
 """Time attention of a layer on an NVIDIA GPU: python kernels/bench/attention.py --help.
 
 From the product of queries, keys and values to what the output projection takes: head norms, rotation, cache write and
-attention, one new token per row (decode) or a prompt (prefill). A call runs several layers one after the other, each on
-its own layer of the cache, so that nothing is read from the GPU's own cache; times are of calls queued behind each
-other, divided by the layers. Bytes are those of the live cache, keys, values and scales, read once.
+attention, one new token per row (decode) or a prompt (prefill). A call loops over several layers of the cache, so that
+nothing is read from the GPU's own cache; times are of calls queued behind each other, divided by the turns.
+Bytes are those of the live cache, keys, values and scales, read once.
 """
 
 from __future__ import annotations
@@ -68,35 +68,38 @@ def measure(cfg: Any, case: Case, layers: int, repeats: int) -> dict[str, Any]:
     """Microseconds of one layer, and the rates that they mean."""
     rng, h = np.random.default_rng(1), cfg.head_dim
     width = (cfg.num_heads + 2 * cfg.num_kv_heads) * h
-    qkv = [jnp.asarray(rng.standard_normal((case.batch, case.tokens, width)), jnp.bfloat16) for _ in range(2)]
+    qkv = jnp.asarray(rng.standard_normal((case.batch, case.tokens, width)), jnp.bfloat16)
     angles = rng.uniform(0, 6, (case.batch, case.tokens, h // 2))
+    cosine, sine = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
     norms = (jnp.ones(h, jnp.bfloat16),) * 2 if cfg.qk_norm else None
     start, count = (jnp.full(case.batch, n, jnp.int32) for n in (case.context, case.tokens))
     pools, scales, table = cache_of(cfg, case, layers)
+    # Enough turns for a call to be long beside its start.
+    turns = layers * max(1, min(64, 2**32 // (layers * case.batch * case.capacity * 1024)))
 
-    def run(state: Any, qkv: Any, angles: Any, rest: Any) -> Any:
-        found = []
-        for layer in range(layers):
-            y, *state = attention_fused(
-                qkv[layer % 2], norms, cfg.rms_norm_eps, jnp.cos(angles), jnp.sin(angles), state[0], layer, *rest,
-                scales=state[1],
-            )  # fmt: skip
-            found.append(y)
-        return tuple(state), found
+    def run(state: Any, qkv: Any, start: Any, count: Any, table: Any) -> Any:
+        def body(i: Any, state: Any) -> Any:
+            (pools, scales), _ = state
+            rest = (i % layers, start, count, jnp.int32(NO_WINDOW), table, scales)
+            y, pools, scales = attention_fused(qkv, norms, cfg.rms_norm_eps, cosine, sine, pools, *rest)
+            return (pools, scales), y
 
-    arguments = ((pools, scales), qkv, jnp.asarray(angles, jnp.float32), (start, count, jnp.int32(NO_WINDOW), table))
+        y = jnp.zeros((case.batch, case.tokens, cfg.num_heads * h), jnp.bfloat16)
+        return jax.lax.fori_loop(0, turns, body, (state, y))
+
+    arguments = (qkv, start, count, table)
     began = time.perf_counter()
-    step = jax.jit(run, donate_argnums=0).lower(*arguments).compile()
+    step = jax.jit(run, donate_argnums=0).lower((pools, scales), *arguments).compile()
     compile_seconds = time.perf_counter() - began
-    state, _ = step(*arguments)
+    state, _ = step((pools, scales), *arguments)
     del pools, scales
     took = []
     for _ in range(repeats):
-        began, calls = time.perf_counter(), 5
+        began, calls = time.perf_counter(), 3
         for _ in range(calls):
-            state, y = step(state, *arguments[1:])
+            state, y = step(state, *arguments)
         jax.block_until_ready(y)
-        took.append((time.perf_counter() - began) / calls / layers)
+        took.append((time.perf_counter() - began) / calls / turns)
     seconds = statistics.median(took)
     per_token = 2 * cfg.num_kv_heads * (h + 4 if case.dtype == "int8" else 2 * h)
     nbytes = case.batch * (case.context + case.tokens) * per_token

@@ -124,31 +124,16 @@ def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
         pl.when(part < 0)(lambda: put(y, row))
         pl.when(part >= 0)(keep)
 
-    def turns(lower: Any, upper: Any, share: Any) -> None:
-        def body(row: Any, carry: Any) -> Any:
-            share(row)
-            return carry
-
-        lax.fori_loop(lower, upper, body, 0)
-
-    if "parts" not in out:  # every row is one piece
-
-        def whole(row: Any) -> None:
-            start = r["start"][row]
-            take(row, start, _begin(s, r, start), lax.min(start, s.capacity), True, None)
-
-        batch = r["start"].shape[0]
-        if batch == programs:
-            whole(me)
-        else:
-            turns(me * batch // programs, (me + 1) * batch // programs, whole)
+    if "parts" not in out:  # every row is one piece, and a program's
+        start = r["start"][me]
+        take(me, start, _begin(s, r, start), lax.min(start, s.capacity), True, None)
         return
 
     shares = _shares(s, r, programs)
     lower = shares.first(me)
     upper = shares.first(me + 1)
 
-    def some(row: Any) -> None:
+    def some(row: Any, carry: Any) -> Any:
         start = r["start"][row]
         end, pieces, begin = (shares.of(x, row) for x in (shares.end, shares.pieces, shares.begin))
         first, last = lax.max(lower, end - pieces), lax.min(upper, end)
@@ -156,8 +141,12 @@ def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
         part = jnp.where(last - first == pieces, -1, jnp.where(first == lower, 2 * me, 2 * me + 1))
         until = lax.min(lax.min(start, s.capacity), begin + (last - end + pieces) * s.cut.piece)
         take(row, start, begin + (first - end + pieces) * s.cut.piece, until, first == end - pieces, part)
+        return carry
 
-    pl.when(me < shares.programs)(lambda: turns(shares.row_of(lower), shares.row_of(upper - 1) + 1, some))
+    def mine() -> None:
+        lax.fori_loop(shares.row_of(lower), shares.row_of(upper - 1) + 1, some, 0)
+
+    pl.when(me < shares.programs)(mine)
 
 
 def add_kernel(programs: int, turn: int, s: Statics, r: Refs, out: Refs) -> None:
@@ -194,7 +183,7 @@ def add_kernel(programs: int, turn: int, s: Statics, r: Refs, out: Refs) -> None
         zeros = jnp.zeros(lane.shape, jnp.float32)
         state = (jnp.float32(LEAST), zeros, zeros)
         _, total, values = lax.fori_loop(0, (count + (turn - 1)) // turn, body, state)
-        out["y"][me, 0, head, :] = (values / total).astype(s.dtype)
+        out["y"][me, 0, head, :] = (values / total).astype(out["y"].dtype)
 
     pl.when((count > 1) & (r["count"][me] > 0))(add)
 

@@ -22,6 +22,7 @@ from ferrum_kernels import triton
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import add_kernel, decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_flash import Cut, Refs, Statics
+from ferrum_kernels.triton_tiles import LITTLE_SHARED_MEMORY
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -150,7 +151,8 @@ def _attention(
         page=page,
         capacity=page if table is None else page * table.shape[1],
         cut=Cut(),
-        dtype=jnp.dtype(given["q"].dtype),
+        dtype=jnp.dtype(given["q"].dtype if scales is None else jnp.float16),
+        codes=scales is not None,
         interpret=triton.is_interpreted(),
     )
     s = dataclasses.replace(s, cut=decode_cut(s, batch) if tokens == 1 else prefill_cut(s, batch, tokens))
@@ -210,24 +212,33 @@ def _check(
         )
 
 
-def _tile(s: Statics) -> int:
-    return max(16, min(64, 8192 // s.head_dim))
+def _little_memory() -> bool:
+    return str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY
+
+
+def _tile(s: Statics, most: int) -> int:
+    """Positions of a tile: less of wide heads, and of any where shared memory is small."""
+    return max(16, min(most, most * 128 // s.head_dim) // (2 if _little_memory() else 1))
 
 
 def decode_cut(s: Statics, batch: int) -> Cut:
-    """How one new token per row is cut up: two programs for each multiprocessor, or fewer where there is little."""
-    tile = _tile(s)
-    return Cut(tile=tile, warps=4, stages=3, queries=1, piece=4 * tile, programs=max(1, 264 // s.kv_heads))
+    """How one new token per row is cut up: a program for each row and key head, or parts of rows that are long."""
+    few = batch * s.kv_heads < 132
+    # The second kernel, which adds parts up, costs what this many positions do.
+    piece = s.capacity if s.capacity <= (512 if few else 1024) else 256
+    tile = _tile(s, 128 if few or s.codes else 64)
+    return Cut(tile, warps=4, stages=3, piece=max(piece, tile), programs=max(1, 264 // s.kv_heads))
 
 
 def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
     """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
-    width = 256 if s.head_dim <= 128 else 128
+    little = _little_memory()
+    width = 64 if little else 256 if s.head_dim <= 128 else 128
     while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
         width //= 2
     count = min(max(1, width // s.padded_group), 1 << (tokens - 1).bit_length())
     warps = 8 if count * s.padded_group >= 128 else 4
-    return Cut(tile=_tile(s), warps=warps, stages=3 if s.head_dim <= 128 else 2, queries=count)
+    return Cut(_tile(s, 64), warps=warps, stages=2 if little or s.head_dim > 128 else 3, queries=count)
 
 
 def _call(
@@ -265,9 +276,9 @@ def _same(names: Any) -> dict[str, str]:
 
 def _decode(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
     batch = named["q"].shape[0]
-    y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), s.dtype)
+    y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), named["q"].dtype)
     most = -(-s.capacity // s.cut.piece)
-    programs = min(batch * most, s.cut.programs)
+    programs = min(batch * most, s.cut.programs) if most > 1 else batch
     parts: Refs = {}
     if most > 1:
         parts = {
@@ -300,7 +311,7 @@ def _write(s: Statics, named: Refs, cache: Refs) -> Refs:
 
 def _prefill(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
     batch, tokens, _ = named["q"].shape
-    y = jax.ShapeDtypeStruct((batch, tokens, s.heads, s.head_dim), s.dtype)
+    y = jax.ShapeDtypeStruct((batch, tokens, s.heads, s.head_dim), named["q"].dtype)
     tiles = -(-tokens // s.cut.queries)
     given = {name: x for name, x in named.items() if name not in ("k", "v", "k_norm")} | cache
     kernel = functools.partial(prefill_kernel, tiles)

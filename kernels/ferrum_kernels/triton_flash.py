@@ -17,6 +17,8 @@ from jax import lax
 
 LEAST = -1e30  # the maximum before anything was seen; finite, so that nothing minus nothing is no NaN
 LOG2_E = math.log2(math.e)
+# With scales of int8 values in them, weights would fall below what float16 holds: they are taken times 2 ** HEADROOM.
+HEADROOM = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Statics:
       page: positions of a page; rows of the cache without a table.
       capacity: positions that a row can hold.
       cut: how the work is cut up.
-      dtype: of the products.
+      dtype: of the products: that of the activations, and float16 for int8, which becomes that in two instructions.
+      codes: the cache is int8 with scales.
       interpret: run without a GPU.
     """
 
@@ -66,6 +69,7 @@ class Statics:
     capacity: int
     cut: Cut
     dtype: Any
+    codes: bool
     interpret: bool
 
     @property
@@ -129,6 +133,23 @@ def power(x: jax.Array, interpret: bool) -> jax.Array:
     [y] = plgpu.elementwise_inline_asm(
         "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=out
     )
+    return y
+
+
+def floats(x: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
+    """Elements of the cache in the dtype of the products; int8 codes exactly, as float16."""
+    if x.dtype != jnp.int8 or interpret:
+        return x.astype(dtype)
+    from jax.experimental.pallas import triton as plgpu
+
+    # 0x6400 | code + 128 is 1024 + code + 128 in float16.
+    asm = (
+        "{ .reg .b32 t, m; xor.b32 t, $2, 0x80808080; mov.b32 m, 0x64806480; "
+        "prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342; "
+        "sub.f16x2 $0, $0, m; sub.f16x2 $1, $1, m; }"
+    )
+    out = [jax.ShapeDtypeStruct(x.shape, jnp.float16)]
+    [y] = plgpu.elementwise_inline_asm(asm, args=[x], constraints="=&r,=&r,r", pack=4, result_shape_dtypes=out)
     return y
 
 
@@ -227,7 +248,7 @@ def write(
     column = s.columns[2] + head * s.head_dim + lane
     v = read(r["v"], (row, tokens[:, None], column), there[:, None]).astype(jnp.float32)
     at = jnp.where(alive, rows, out["keys"].shape[1])
-    if "key_scales" in out:
+    if s.codes:
         k_scale = _scale(lax.max(jnp.max(jnp.abs(k[0]), axis=1), jnp.max(jnp.abs(k[1]), axis=1)))
         v_scale = _scale(jnp.max(jnp.abs(v), axis=1))
         store(out["key_scales"], (layer, at, head), k_scale, alive)
@@ -245,7 +266,7 @@ def write(
         )
     store(out["values"], (layer, at[:, None], head, lane), v, alive[:, None])
     first, second, v = (x.astype(jnp.float32) for x in (*k, v))
-    if "key_scales" in out:
+    if s.codes:
         first, second, v = first * k_scale[:, None], second * k_scale[:, None], v * v_scale[:, None]
     return first, second, v
 
@@ -330,23 +351,24 @@ def sweep(
         # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN.
         mask = None if visible is None else alive[:, None]
         k = read(r["keys"], (layer, rows[:, None], head, lane), mask)
-        left, right = (k.astype(s.dtype), q) if s.cut.swap else (q, k.astype(s.dtype))
+        k = floats(k, s.dtype, s.interpret)
+        left, right = (k, q) if s.cut.swap else (q, k)
         scores = product(left, right, (1, 1), s.interpret)
         scale = unit
-        if "key_scales" in r:
+        if s.codes:
             scores, scale = scores * by_position(read(r["key_scales"], (layer, rows, head), alive) * unit), 1.0
         if visible is not None:
             scores = jnp.where(visible(by_position(positions)) & by_position(alive), scores, -jnp.inf)
-        now = lax.max(most, jnp.max(scores, axis=along) * scale)
+        now = lax.max(most, jnp.max(scores, axis=along) * scale - (HEADROOM if s.codes else 0.0))
         weights = power(scores * scale - by_query(now), s.interpret)
         fade = power(most - now, s.interpret)
         if total.ndim == 1:
             total = total * fade + jnp.sum(weights, axis=along)
         else:
             total = total * by_query(fade) + weights
-        if "value_scales" in r:
+        if s.codes:
             weights = weights * by_position(read(r["value_scales"], (layer, rows, head), alive))
-        v = read(r["values"], (layer, rows[:, None], head, lane), mask).astype(s.dtype)
+        v = floats(read(r["values"], (layer, rows[:, None], head, lane), mask), s.dtype, s.interpret)
         weights = weights.astype(s.dtype)
         if s.cut.swap:
             more = product(v, weights, (0, 0), s.interpret)

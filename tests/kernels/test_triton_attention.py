@@ -22,13 +22,13 @@ pytestmark = [
 ]
 RAGGED: dict[str, Any] = {"start": (0, 5, 17, 40), "count": (1, 1, 0, 1)}
 MANY: dict[str, Any] = {"start": (0, 5, 17, 40), "count": (20, 7, 0, 3), "tokens": 20}
-LONG: dict[str, Any] = {"start": (300, 5, 17, 511), "count": (1, 1, 0, 1), "capacity": 512}
+LONG: dict[str, Any] = {"start": (300, 5, 17, 1023), "count": (1, 1, 0, 1), "capacity": 1024}
 CASES = {
     "one": Case(**RAGGED),
     "one alone": Case(start=(33,), count=(1,), heads=3, kv_heads=1),
     "one in pages": Case(**RAGGED, page=16, norms=False, dtype="float16"),
     "one in pages of int8": Case(**RAGGED, page=32, cache="int8"),
-    "one in parts": Case(start=(300, 5, 17, 500), count=(1, 1, 0, 1), capacity=512, page=128),
+    "one in parts": Case(start=(300, 5, 17, 1000), count=(1, 1, 0, 1), capacity=1024, page=128),
     "one in many parts": Case(start=(0, 700, 17, 1023, 300), count=(1, 1, 0, 1, 1), capacity=1024),
     "one in parts of int8 with a window": Case(**LONG, page=16, cache="int8", window=270),
     "one with a window": Case(**LONG, window=40, head_dim=16),
