@@ -61,8 +61,8 @@ def add_norm(
 
     def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight = activations
-        rows = (a.reshape(-1, a.shape[-1]) for a in (x, y))
-        out = triton_norm.add_norm(*rows, weight, layer, cfg.rms_norm_eps, triton.is_interpreted())
+        stream, branch = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+        out = triton_norm.add_norm(stream, branch, weight, layer, cfg.rms_norm_eps, triton.is_interpreted())
         return tuple(a.reshape(x.shape) for a in out)
 
     index = None if layer is None else jnp.asarray(layer, jnp.int32)

@@ -69,13 +69,13 @@ def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with
         q, k, v = _heads(_project(p, x, at, cfg), p, positions, angles, cfg)
         return attention(q, k, v, _visible(positions, positions, at.window)), state
 
-    x = _embed(params, tokens, cfg)
-    *stream, _, seen = run_layers(params, x, None, cfg, attend, None, with_aux)
-    _, y = add_norm(*stream, params["norm"], cfg)
+    embedded = _embed(params, tokens, cfg)
+    x, y, _, seen = run_layers(params, embedded, None, cfg, attend, None, with_aux)
+    _, y = add_norm(x, y, params["norm"], cfg)
     logits = _logits(params, y, cfg)
     if not with_aux:
         return logits
-    hidden = jnp.concatenate([x[None], *(states for states, _ in seen)])
+    hidden = jnp.concatenate([embedded[None], *(states for states, _ in seen)])
     return logits, Aux(hidden=hidden.at[-1].set(y), routing=tuple(routing for _, routing in seen))
 
 
@@ -158,11 +158,11 @@ def _extend(
 
     x = _embed(params, tokens, cfg)
     mask = offsets < lengths[:, None]
-    *stream, cache, _ = run_layers(params, x, mask, cfg, attend, cache, False)
+    x, y, cache, _ = run_layers(params, x, mask, cfg, attend, cache, False)
     if length > 1:
         last = jnp.clip(lengths - 1, 0)[:, None, None]
-        stream = [jnp.take_along_axis(part, last, axis=1) for part in stream]
-    _, y = add_norm(*(part[:, 0] for part in stream), params["norm"], cfg)
+        x, y = (jnp.take_along_axis(part, last, axis=1) for part in (x, y))
+    _, y = add_norm(x[:, 0], y[:, 0], params["norm"], cfg)
     logits = jnp.where(possible[:, None], _logits(params, y, cfg), jnp.nan)
     return logits, dataclasses.replace(cache, lengths=total)
 

@@ -184,8 +184,10 @@ def add_norm_route(
 
     def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
-        rows = (a.reshape(-1, a.shape[-1]) for a in (x, y))
-        out = triton_norm.add_norm_route(*rows, weight, router, layer, cfg.rms_norm_eps, triton.is_interpreted())
+        stream, branch = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+        out = triton_norm.add_norm_route(
+            stream, branch, weight, router, layer, cfg.rms_norm_eps, triton.is_interpreted()
+        )
         return tuple(a.reshape(*x.shape[:-1], -1) for a in out)
 
     return differentiable(kernel, specified)((x, y, weight, router), jnp.asarray(layer, jnp.int32))

@@ -137,13 +137,14 @@ def _fuse(layer: dict[str, Any], format_of: FormatOf) -> dict[str, Any]:
 
 def _fuse_qkv(attn: dict[str, Any], format_of: FormatOf) -> dict[str, Any]:
     parts = [attn[name] for name in QKV]
-    biases = [attn.get(f"{name}_bias") for name in QKV]
-    if not _alike(parts, format_of) or len({bias is None for bias in biases}) > 1:
+    names = [f"{name}_bias" for name in QKV]
+    biases = [attn[name] for name in names if name in attn]
+    if not _alike(parts, format_of) or len(biases) not in (0, len(QKV)):
         return attn
     fused: dict[str, Any] = {"qkv": _join(parts)}
-    if biases[0] is not None:
+    if biases:
         fused["qkv_bias"] = Joined(tuple(biases))
-    gone = {*QKV, *(f"{name}_bias" for name in QKV)}
+    gone = {*QKV, *names}
     return {**fused, **{name: source for name, source in attn.items() if name not in gone}}
 
 

@@ -91,7 +91,8 @@ class Programs:
         """The step of `count` decode steps in one dispatch."""
         if count not in self._decode_by_count:
             function = functools.partial(decode_steps, self.cfg, self.plan, count)
-            self._decode_by_count[count] = BucketedStep("decode", function, ("cache", "state"))
+            name = "decode" if count == 1 else f"decode {count}"
+            self._decode_by_count[count] = BucketedStep(name, function, ("cache", "state"))
         return self._decode_by_count[count]
 
     def records(self) -> list[CompileRecord]:
@@ -222,7 +223,8 @@ class Ahead:
                 return
             fitting = [n for n in self._ladder if n <= rest and n * self._step_seconds <= self.SECONDS]
             count = max(fitting, default=self._ladder[0])
-            bucket = (*self._cache.k.shape[1:3], count, self._rows.stops.shape[1])
+            stops = self._rows.stops.shape[1]
+            bucket = *self._cache.k.shape[1:3], *(() if stops == LEAST_STOPS else (stops,))
             sampled, self._rows, self._cache, self._state = self._programs.decode(count)(
                 bucket,
                 params=self._params,

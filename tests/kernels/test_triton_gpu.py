@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_kernels import gptq_matmul, tile, triton
+from ferrum_jax.sampling_stages import _keep_portably, keep_top_k, keep_top_p
+from ferrum_kernels import gptq_matmul, tile, triton, triton_norm
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
 from tests.support.gptq_cases import make_linear, make_stack
@@ -197,3 +198,46 @@ def test_a_layer_of_qwen3_30b_a3b(routing):
     down = gpu_table.random_stack(2, (layers, experts), intermediate, hidden, 128)
     for tokens in (1, 8, 64, 1024, 4096) if routing == "uniform" else (64, 1024):
         assert gpu_table.checked((up, down), tokens, top_k, routing, jnp.bfloat16) <= THREE_ROUNDINGS
+
+
+def test_the_filters_of_sampling_keep_what_the_portable_ones_keep():
+    logits = 3 * jax.random.normal(jax.random.key(0), (5, 151_936))
+    logits = logits.at[0, 100:180].set(40.0).at[1].set(0.25).at[2, ::3].set(-jnp.inf)
+    for keep, limits, weights in (
+        (keep_top_k, jnp.array([30, 700, 20, 1, 50_000], jnp.int32), jnp.ones_like(logits)),
+        (keep_top_p, jnp.array([0.3, 0.5, 0.9, 0.01, 0.999]), jax.nn.softmax(logits, axis=-1)),
+    ):
+        poison(logits.shape)
+        found = keep(logits, limits)
+        np.testing.assert_array_equal(found, keep(logits, limits))
+        expected = _keep_portably(logits, weights, limits.astype(jnp.float32))
+        # Sums of float32 in another order may put the cut of a wide set a token away.
+        assert (jnp.abs((found > -jnp.inf).sum(-1) - (expected > -jnp.inf).sum(-1)) <= 2).all()
+        assert (found[0] == expected[0]).all() and (found[3] == expected[3]).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 16, 40, 300])
+def test_sums_norms_and_router_logits(tokens):
+    rng = np.random.default_rng()
+    x, weight, router = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((tokens, 2048), (3, 2048), (3, 128, 2048))
+    )
+    y = jnp.asarray(rng.standard_normal((tokens, 2048)), jnp.bfloat16)
+    poison((tokens, 2048), (tokens, 2048), (tokens, 128))
+    total, norm, logits = triton_norm.add_norm_route(x, y, weight, router, jnp.int32(2), 1e-6, False)
+    exact = np.asarray(total, np.float64)
+    np.testing.assert_array_equal(total, (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype))
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight[2], np.float64)
+    assert relative(norm, exact) < ONE_ROUNDING
+    assert relative(logits, np.asarray(norm, np.float64) @ np.asarray(router[2], np.float64).T) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 16])
+@pytest.mark.parametrize(("k", "n"), [(2048, 5120), (4096, 2048), (768, 320)])
+def test_products_of_few_rows(rows, k, n):
+    w, dense = make_linear(3, k=k, n=n, bits=4, group_size=128, sym=True)
+    tiled = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), tile(w))
+    x = jnp.asarray(np.random.default_rng().standard_normal((rows, k)), jnp.bfloat16)
+    poison((rows, n))
+    y = gptq_matmul(x, tiled, layer=jnp.int32(1), implementation="triton")
+    assert relative(y, np.asarray(x, np.float64) @ dense) < ONE_ROUNDING
