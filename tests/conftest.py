@@ -43,6 +43,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 QUICKLY = {
     "test_budget",
     "test_cache_kinds",
+    "test_device",
     "test_engine",
     "test_engine_soak",
     "test_generation",

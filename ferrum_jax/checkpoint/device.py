@@ -26,6 +26,8 @@ from ferrum_kernels.tiles import COLUMNS
 
 CHUNK = 2**25  # bytes of one transfer; several at once fill the bus, one alone does not
 IN_FLIGHT = 2**29  # bytes of units on the host; a larger unit goes alone
+ON_DEVICE = 2**28  # bytes of chunks on the device beside the stacks, and no more than a layer of them
+COPIES = 2  # of a chunk: as it was sent, and laid out
 UNITS = 4  # at a time, at most
 THREADS = 16  # that fill and send, at most
 
@@ -105,10 +107,20 @@ def _at(tree: Any, keys: list[Any]) -> Any:
     return functools.reduce(lambda node, key: node[key], keys, tree)
 
 
-def working_bytes(units: Iterable[Unit]) -> int:
-    """Device memory that chunks take while they are laid out, beside the parameters: packed, unpacked, laid out."""
+def working_bytes(tree: Any, units: Iterable[Unit]) -> int:
+    """Device memory that chunks take beside the parameters, as sent and laid out.
+
+    Args:
+      tree: as `Plan.tree`.
+      units: cut from it.
+
+    Returns:
+      The bytes of a layer, at most ON_DEVICE; but what the largest chunk takes.
+    """
+    layers = sum(jax.tree.leaves(run)[0].shape[0] for run in tree["layers"])
+    one = num_bytes(tree["layers"]) // max(1, layers)
     largest = max((num_bytes(part) for unit in units for part, _ in _chunks(unit.leaf)), default=0)
-    return 3 * largest * _threads()
+    return max(min(ON_DEVICE, one), COPIES * largest)
 
 
 def place_all(tree: Any, units: list[Unit], feed: Feed, layout: Callable[[Any], Any]) -> Any:
@@ -129,7 +141,7 @@ def place_all(tree: Any, units: list[Unit], feed: Feed, layout: Callable[[Any], 
     """
     nodes, structure = jax.tree.flatten(tree, is_leaf=_is_leaf)
     laid = [jax.eval_shape(layout, node) for node in nodes]
-    stacks = _Stacks(laid, layout)
+    stacks = _Stacks(laid, layout, _Room(working_bytes(tree, units)))
     room, buffers = _Room(IN_FLIGHT), _Buffers()
     with ThreadPoolExecutor(_threads()) as workers, ThreadPoolExecutor(UNITS) as outer:
 
@@ -168,20 +180,22 @@ def _all(workers: ThreadPoolExecutor, jobs: list[Job]) -> None:
 class _Stacks:
     """The laid out stacks while they are filled; one writer at a time for each."""
 
-    def __init__(self, abstract: list[Any], layout: Callable[[Any], Any]) -> None:
-        self._layout = layout
+    def __init__(self, abstract: list[Any], layout: Callable[[Any], Any], room: _Room) -> None:
+        self._layout, self._room = layout, room
         self._stacks = _zeros(abstract)
         self._locks = [threading.Lock() for _ in abstract]
 
     def put(self, unit: Unit, part: Any, start: int) -> None:
         """Send a chunk and write it to its place; returns when its memory on the host may be used again."""
-        sent = jax.device_put(part)
         layer = np.int32(0 if unit.layer is None else unit.layer)
-        with self._locks[unit.node]:
-            self._stacks[unit.node], done = _place(
-                self._stacks[unit.node], sent, layer, np.int32(start), self._layout, unit.layer is not None
-            )
-        done.block_until_ready()
+        with self._room.of(COPIES * num_bytes(part)):
+            sent = jax.device_put(part)
+            with self._locks[unit.node]:
+                self._stacks[unit.node], done = _place(
+                    self._stacks[unit.node], sent, layer, np.int32(start), self._layout, unit.layer is not None
+                )
+            done.block_until_ready()
+            del sent
 
     def finished(self) -> list[Any]:
         return jax.block_until_ready(self._stacks)

@@ -247,7 +247,7 @@ def _said(facts: Facts, stacklevel: int) -> Facts:
 
 def _check_device(tree: Any, units: list[Unit], layout: Callable[[Any], Any], model: str) -> None:
     """Refuse parameters that do not fit the device as they will lie there, with what laying them out takes."""
-    check_memory(num_bytes(jax.eval_shape(layout, tree)), model, working_bytes(units))
+    check_memory(num_bytes(jax.eval_shape(layout, tree)), model, working_bytes(tree, units))
 
 
 def _from_checkpoint(

@@ -43,9 +43,9 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: nothing is shared with the host, weights are laid out in tiles, transfers are many."""
     monkeypatch.setattr(loading, "shares_memory", lambda: False)
     monkeypatch.setattr(loading, "layout_for", lambda cfg: tile_all)
-    monkeypatch.setattr(device, "CHUNK", 2**11)
-    monkeypatch.setattr("ferrum_jax.checkpoint.leaves.PIECE", 2**10)
-    monkeypatch.setattr(weight_cache, "BLOCK", 1000)
+    monkeypatch.setattr(device, "CHUNK", 2**13)
+    monkeypatch.setattr("ferrum_jax.checkpoint.leaves.PIECE", 2**12)
+    monkeypatch.setattr(weight_cache, "BLOCK", 4000)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_flipped_bit_is_noticed_on_the_way_and_the_checkpoint_is_read(
     assert file is not None
     whole = file.read_bytes()
     noticed = 0
-    for position in range(11, len(whole), len(whole) // 12):
+    for position in range(11, len(whole), len(whole) // 7):
         content = bytearray(whole)
         content[position] ^= 4
         file.write_bytes(content)
@@ -144,7 +144,7 @@ def test_a_flipped_bit_is_noticed_on_the_way_and_the_checkpoint_is_read(
         assert all("; the checkpoint is read instead." in text and str(file) in text for text in texts)
         noticed += len(caught)
         file.write_bytes(whole)
-    assert noticed > 4  # the others lie in the padding
+    assert noticed > 2  # the others lie in the padding
 
 
 def test_a_file_that_ends_early_is_named(
@@ -292,6 +292,40 @@ def test_the_host_holds_few_units_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
         value = (10 * unit.node + (0 if unit.layer is None else unit.layer)) % 100
         found = np.asarray(stack if unit.layer is None else stack[unit.layer])
         assert (found == np.asarray(value, found.dtype)).all()
+
+
+def test_the_device_holds_few_chunks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, feed = plan_of(layers=24), _Feed()
+    units = device.units_of(plan.tree, plan)
+    monkeypatch.setattr(device, "CHUNK", 2**16)
+    limit = device.working_bytes(plan.tree, units)
+    assert limit == num_bytes(plan.tree["layers"]) // 24 > 2**18
+    now = most = 0
+    lock = threading.Lock()
+    send, place = jax.device_put, device._place
+
+    def put(part: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 2 * num_bytes(part)
+            most = max(most, now)
+        return send(part)
+
+    def written(stack: Any, part: Any, *arguments: Any) -> Any:
+        nonlocal now
+        time.sleep(0.001)
+        found = place(stack, part, *arguments)
+        jax.block_until_ready(found[1])
+        with lock:
+            now -= 2 * num_bytes(part)
+        return found
+
+    monkeypatch.setattr(jax, "device_put", put)
+    monkeypatch.setattr(device, "_place", written)
+    device.place_all(plan.tree, units, feed, lambda tree: tree)
+    assert 2**17 < most <= limit
+    monkeypatch.setattr(device, "ON_DEVICE", 1000)
+    assert device.working_bytes(plan.tree, units) == 2 * 2**16  # a chunk goes alone
 
 
 def test_the_first_error_ends_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
