@@ -12,10 +12,9 @@ from ferrum_jax.cache import cache_dtype
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.environment import free_memory
 from ferrum_jax.errors import CapacityError
-from ferrum_jax.kernels import default_implementation
+from ferrum_jax.layers import uses_cpu_kernels, uses_triton
 from ferrum_jax.params import layout_for, num_bytes
 from ferrum_jax.plan import Plan, make_plan
-from ferrum_kernels import cpu, mosaic
 
 GIB = 2**30
 
@@ -78,8 +77,7 @@ def step_bytes(cfg: ModelConfig, rows: int, width: int, length: int, paged: bool
     inner = max(cfg.top_k * cfg.moe_intermediate_size, cfg.intermediate_size)
     experts = tokens * (3 * inner * 4 + max(cfg.top_k, 1) * cfg.hidden_size * 4)
     total = tokens * cfg.hidden_size * (8 + 2 * d) + heads + experts + rows * cfg.vocab_size * 4 * 6
-    implementation = default_implementation() if cfg.implementation is None else cfg.implementation
-    if implementation not in mosaic.NAMES and (paged or implementation not in cpu.NAMES):
+    if not uses_triton(cfg) and (paged or not uses_cpu_kernels(cfg)):
         total += rows * length * 2 * cfg.num_kv_heads * cfg.head_dim * (4 + d)
         total += tokens * length * cfg.num_heads * (8 + d)
     if d == 2 and jax.default_backend() == "cpu":
