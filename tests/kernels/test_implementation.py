@@ -42,9 +42,9 @@ def test_each_platform_has_a_best_one(platform, name):
     assert default_implementation(platform) == name
 
 
-def test_a_hopper_gpu_has_its_own_best_one(monkeypatch):
+def test_a_hopper_gpu_keeps_the_kernels_that_were_tested_on_one(monkeypatch):
     monkeypatch.setattr(ops.mosaic, "unavailable", lambda: None)
-    assert default_implementation("cuda") == "mosaic"
+    assert default_implementation("cuda") == "triton"  # until the tests of mosaic have passed on a GPU
 
 
 def test_the_cpu_has_its_kernels_where_they_were_built(monkeypatch):
