@@ -32,6 +32,15 @@ def test_nothing_fits_beyond_the_largest() -> None:
         Buckets().fit("batch", 257)
 
 
+def test_a_dispatch_is_one_step_unless_it_is_a_gpu_s_or_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Buckets(steps=(2, 4)).steps_of_dispatch() == (2, 4)
+    for backend, ladder in (("cpu", (1,)), ("METAL", (1,)), ("gpu", (1, 8))):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert Buckets().steps_of_dispatch() == ladder
+    with pytest.raises(ConfigError, match=r"Buckets\.steps is \(4, 1\); it must hold at least one size"):
+        Buckets(steps=(4, 1))
+
+
 @pytest.mark.parametrize("sizes", [(), (0, 1), (2, 2), (4, 1)])
 def test_a_ladder_must_rise(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"Buckets\.cache is .*; it must hold at least one size, all positive and"):
