@@ -40,7 +40,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 # These compile much and compute little, like the folders whose conftest says the same.
-QUICKLY = {"test_device", "test_generation", "test_nnx", "test_rope", "test_sampling"}
+QUICKLY = {"test_bench_sweep", "test_device", "test_generation", "test_nnx", "test_rope", "test_sampling"}
 
 
 @pytest.fixture(autouse=True, scope="module")
