@@ -41,6 +41,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 # These compile much and compute little, like the folders whose conftest says the same.
 QUICKLY = {
+    "test_bench_sweep",
     "test_budget",
     "test_cache_kinds",
     "test_device",
