@@ -40,8 +40,8 @@ def default_implementation(platform: str | None = None) -> str:
       platform: a JAX platform name; None means the default device's.
 
     Returns:
-      "cpu" where its kernels were built, else "xla"; "triton" on NVIDIA GPUs; "apple" on Apple's plugins. A weight that the
-      CPU kernels do not take (2 or 3 bits) goes to "xla" all the same; one that the GPU kernels do not take raises.
+      "cpu" where its kernels were built, else "xla"; "triton" on NVIDIA GPUs; "apple" on Apple's plugins. A weight that
+      the CPU kernels do not take (2 or 3 bits) goes to "xla" all the same; one that the GPU kernels do not take raises.
 
     Raises:
       BackendError: no kernel of this package is made for the platform.
