@@ -141,7 +141,7 @@ class Answer:
         Args:
           model: its tokenizer, and its end-of-text ids.
           sampling: the request.
-              limit: most tokens.
+          limit: most tokens.
         """
         end = () if sampling.ignore_eos else model.cfg.eos_token_ids or model.tokenizer.eos_token_ids
         self.count, self.limit = 0, limit
