@@ -230,6 +230,7 @@ def test_the_context_limits_the_answer(model: Model) -> None:
         (lambda m: fj.stream_generate(m, "a", SamplingParams(), seed=1), "either as SamplingParams or as keywords"),
         (lambda m: stream_batch(m, "a"), "prompts is one string; give a list of prompts, or use stream_generate"),
         (lambda m: stream_batch(m, ["a"], [SamplingParams()], seed=1), "per prompt or as keywords, not both"),
+        (lambda m: stream_batch(m, []), "there are no prompts; give at least one"),
         (lambda m: stream_batch(m, ["a", "b"], [SamplingParams()]), "there are 2 prompts and 1 SamplingParams"),
         (lambda m: fj.stream_generate(m, "a", stop_token_ids=(5000,)), "stop_token_ids names token 5000, but the"),
     ],
