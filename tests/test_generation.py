@@ -225,6 +225,9 @@ def test_the_context_limits_the_answer(model: Model) -> None:
     [
         (lambda m: fj.stream_generate(m, ""), "prompt 0 is empty; give at least one token"),
         (lambda m: fj.stream_generate(m, [1, 4096]), "prompt 0 holds token ids 1 to 4096; this model's vocabulary is"),
+        (lambda m: fj.stream_generate(m, None), "prompt 0 is None; give a text, or token ids such as [11, 12]"),
+        (lambda m: fj.stream_generate(m, [1, 2.5]), "prompt 0 is [1, 2.5]; give a text, or token ids"),
+        (lambda m: fj.generate(m, [5, 6]), "prompt 0 is 5; give a text, or token ids"),
         (lambda m: fj.stream_generate(m, [-1]), "prompt 0 holds token ids -1 to -1; this model's vocabulary is"),
         (lambda m: fj.stream_generate(m, "a", temprature=1.0), "'temprature' is not a sampling value; accepted are"),
         (lambda m: fj.stream_generate(m, "a", SamplingParams(), seed=1), "either as SamplingParams or as keywords"),
