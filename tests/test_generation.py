@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ferrum_jax.generation import Step, Steps, steps_for, stream_batch
 from ferrum_jax.sampling import SamplerPlan, SamplingParams
 
 PROMPTS = ["Once upon a time there was a king", "The fox", "In the beginning of the world the old woman said to him"]
+NO_PROMPTS: list[Any] = [None, [1, 2.5]]
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +227,11 @@ def test_the_context_limits_the_answer(model: Model) -> None:
     [
         (lambda m: fj.stream_generate(m, ""), "prompt 0 is empty; give at least one token"),
         (lambda m: fj.stream_generate(m, [1, 4096]), "prompt 0 holds token ids 1 to 4096; this model's vocabulary is"),
-        (lambda m: fj.stream_generate(m, None), "prompt 0 is None; give a text, or token ids such as [11, 12]"),
-        (lambda m: fj.stream_generate(m, [1, 2.5]), "prompt 0 is [1, 2.5]; give a text, or token ids"),
+        (
+            lambda m: fj.stream_generate(m, NO_PROMPTS[0]),
+            "prompt 0 is None; give a text, or token ids such as [11, 12]",
+        ),
+        (lambda m: fj.stream_generate(m, NO_PROMPTS[1]), "prompt 0 is [1, 2.5]; give a text, or token ids"),
         (lambda m: fj.generate(m, [5, 6]), "prompt 0 is 5; give a text, or token ids"),
         (lambda m: fj.stream_generate(m, [-1]), "prompt 0 holds token ids -1 to -1; this model's vocabulary is"),
         (lambda m: fj.stream_generate(m, "a", temprature=1.0), "'temprature' is not a sampling value; accepted are"),
