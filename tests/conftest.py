@@ -22,6 +22,7 @@ import hypothesis
 import jax
 import pytest
 
+from ferrum_jax.generation import steps_for
 from tests.support.compiling import quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -53,6 +54,19 @@ QUICKLY = {
     "test_sampling",
     "test_triton_model",
 }
+
+
+MOST_MAPPINGS = 20_000  # Linux allows a process 65,530, and each compiled program keeps some; beyond, XLA crashes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Let go of compiled programs before a process has too many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_text().splitlines()) > MOST_MAPPINGS:
+        steps_for.cache_clear()
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.sampling_stages import _keep_portably, keep_top_k, keep_top_p
-from ferrum_kernels import gptq_matmul, tile, triton, triton_norm
+from ferrum_jax.sampling_stages import _keep_portably
+from ferrum_kernels import gptq_matmul, tile, triton, triton_cut, triton_norm
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
 from tests.support.gptq_cases import make_linear, make_stack
@@ -203,14 +203,14 @@ def test_a_layer_of_qwen3_30b_a3b(routing):
 def test_the_filters_of_sampling_keep_what_the_portable_ones_keep():
     logits = 3 * jax.random.normal(jax.random.key(0), (5, 151_936))
     logits = logits.at[0, 100:180].set(40.0).at[1].set(0.25).at[2, ::3].set(-jnp.inf)
-    for keep, limits, weights in (
-        (keep_top_k, jnp.array([30, 700, 20, 1, 50_000], jnp.int32), jnp.ones_like(logits)),
-        (keep_top_p, jnp.array([0.3, 0.5, 0.9, 0.01, 0.999]), jax.nn.softmax(logits, axis=-1)),
+    for likely, total, weights in (
+        (False, jnp.array([30.0, 700, 20, 1, 50_000]), jnp.ones_like(logits)),
+        (True, jnp.array([0.3, 0.5, 0.9, 0.01, 0.999]), jax.nn.softmax(logits, axis=-1)),
     ):
         poison(logits.shape)
-        found = keep(logits, limits)
-        np.testing.assert_array_equal(found, keep(logits, limits))
-        expected = _keep_portably(logits, weights, limits.astype(jnp.float32))
+        found = triton_cut.keep_best(logits, total, likely, interpret=False)
+        np.testing.assert_array_equal(found, triton_cut.keep_best(logits, total, likely, interpret=False))
+        expected = _keep_portably(logits, weights, total)
         # Sums of float32 in another order may put the cut of a wide set a token away.
         assert (jnp.abs((found > -jnp.inf).sum(-1) - (expected > -jnp.inf).sum(-1)) <= 2).all()
         assert (found[0] == expected[0]).all() and (found[3] == expected[3]).all()
