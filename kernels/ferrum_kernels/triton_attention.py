@@ -22,7 +22,7 @@ from ferrum_kernels import triton
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import add_kernel, decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_flash import Cut, Refs, Statics
-from ferrum_kernels.triton_tiles import LITTLE_SHARED_MEMORY
+from ferrum_kernels.triton_tiles import little_memory
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -212,13 +212,9 @@ def _check(
         )
 
 
-def _little_memory() -> bool:
-    return str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY
-
-
 def _tile(s: Statics, most: int) -> int:
     """Positions of a tile: less of wide heads, and of any where shared memory is small."""
-    return max(16, min(most, most * 128 // s.head_dim) // (2 if _little_memory() else 1))
+    return max(16, min(most, most * 128 // s.head_dim) // (2 if little_memory() else 1))
 
 
 def decode_cut(s: Statics, batch: int) -> Cut:
@@ -233,7 +229,7 @@ def decode_cut(s: Statics, batch: int) -> Cut:
 
 def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
     """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
-    little = _little_memory()
+    little = little_memory()
     width = 64 if little else 256 if s.head_dim <= 128 else 128
     while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
         width //= 2

@@ -22,6 +22,7 @@ from ferrum_kernels.triton_matmul import LEAST_ROWS
 MOST = 16  # rows
 SEGMENT = 4  # blocks of weights, about
 COLUMNS = 64  # of the matrix units' right operand
+MOST_SEGMENTS = 16  # more would need more registers and shared memory than a program has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +42,22 @@ class Cut:
     stages: int = 4
 
 
-def cut_for(rows: int, blocks: int) -> Cut:
+def cut_for(rows: int, blocks: int, little_memory: bool = False) -> Cut:
     """How a product is cut up: segments of about SEGMENT blocks, as many as COLUMNS has room for.
 
     Args:
       rows: of the activations.
       blocks: of the weight.
+      little_memory: a program has less than 100 KiB of shared memory.
 
     >>> cut_for(1, 32).splits, cut_for(16, 32).splits, cut_for(1, 12).splits
     (8, 4, 2)
     """
     splits, padded = 1, 1 << (rows - 1).bit_length()
-    while blocks % (2 * splits) == 0 and blocks >= 2 * splits * SEGMENT and 2 * splits * padded <= COLUMNS:
+    most = min(MOST_SEGMENTS, COLUMNS // padded)
+    while blocks % (2 * splits) == 0 and blocks >= 2 * splits * SEGMENT and 2 * splits <= most:
         splits *= 2
-    return Cut(splits=splits, warps=min(4, splits))
+    return Cut(splits=splits, warps=min(4, splits), stages=2 if little_memory else 4)
 
 
 @dataclasses.dataclass(frozen=True)
