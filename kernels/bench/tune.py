@@ -25,7 +25,9 @@ import tune_cases as cases_of
 from tune_cases import Case
 
 ROOT = Path(__file__).parents[2]
-TUNED = ROOT / "kernels" / "ferrum_kernels" / "tuned"
+KERNELS = ROOT / "kernels" / "ferrum_kernels"
+TUNED = KERNELS / "tuned"
+SOURCES = ("decode", "few", "matmul", "route")  # of the kernels that are measured
 NOTE = (
     "tile: rows of a block, outputs, warps, stages, blocks of weights per turn; load: most pairs per expert, or most "
     "rows; microseconds: up, down and place, or of each shape"
@@ -65,9 +67,7 @@ def source_of_kernels() -> str:
     """A name for what is measured: the kernels' sources and the compiler's version."""
     import jaxlib
 
-    text = "".join(
-        (ROOT / "kernels" / "ferrum_kernels" / f"triton_{n}.py").read_text("utf-8") for n in ("matmul", "route")
-    )
+    text = "".join((KERNELS / f"triton_{name}.py").read_text("utf-8") for name in SOURCES)
     return hashlib.sha256((jaxlib.__version__ + text).encode()).hexdigest()[:12]
 
 

@@ -72,6 +72,11 @@ def refuses(w: Any) -> str | None:
     'tiles hold codes of 4 and 8 bits; this weight has 3. Use implementation="xla" for it'
     """
     if isinstance(w, TiledLinear):
+        if w.zeros is not None and 2**31 < w.zeros.size <= 2**32:
+            return (
+                f"this stack has {w.zeros.size / 2**30:.1f} GiB of zero points; between 2 and 4 GiB the compiler's "
+                'offsets of 32 bits do not reach. Use implementation="xla" for it'
+            )
         return None
     if not isinstance(w, PackedLinear):
         return 'the Triton kernels take tiled weights; this one is a plain array. Use implementation="xla" for it'

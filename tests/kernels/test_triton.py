@@ -312,6 +312,17 @@ def test_a_weight_that_is_not_taken_is_named(sizes, message):
         gptq_matmul(jnp.ones((1, 64), jnp.bfloat16), w, implementation="triton")
 
 
+def test_zero_points_that_offsets_of_32_bits_do_not_reach_are_refused():
+    w = tile(make_linear(0, k=64, n=64, group_size=32, sym=False)[0])
+    for layers, refused in ((2**23, False), (2**24 + 1, True), (2**25, True), (2**25 + 1, False)):
+        stack = dataclasses.replace(w, zeros=jax.ShapeDtypeStruct((layers, 2, 64), jnp.uint8))
+        message = triton.refuses(stack)
+        assert (message is not None) == refused
+    stack = dataclasses.replace(w, zeros=jax.ShapeDtypeStruct((2**25, 2, 64), jnp.uint8))
+    with pytest.raises(BackendError, match=r"this stack has 4\.0 GiB of zero points; between 2 and 4 GiB the compiler"):
+        triton.check(stack)
+
+
 def test_gradients_are_those_of_the_dense_product():
     stack, dense = make_stack(0, 3, k=64, n=32, group_size=32, act_order=True)
     plan = dispatch(jnp.asarray([2, 0, 2], jnp.int32), 3, 2)
