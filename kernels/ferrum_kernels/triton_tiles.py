@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from ferrum_kernels.tiles import TiledLinear
-from ferrum_kernels.triton_few import Cut, power
+from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import Tile
+from ferrum_kernels.triton_route import power
 
 FOLDER = Path(__file__).parent / "tuned"
 # Devices whose programs may use less than 100 KiB of shared memory: fewer blocks in flight.
