@@ -271,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ferrum_jax.config_file import load_toml_config
     from ferrum_kernels import triton, triton_tiles
 
+    # One kernel after the other also in a CUDA graph: those of a program that times them do not need each other. The
+    # flags are read when the device is first asked for.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
     cfg = load_toml_config(options.config)
     d, f, experts = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
     old = triton_tiles.table(jax.devices()[0].device_kind)
@@ -286,8 +289,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(case.key, log.results.get(case.key, ""))
         print(f"{len(cases)} candidates, {todo} without a result in {options.log}", file=sys.stderr)
         return 0
-    # One kernel after the other also in a CUDA graph: those of a program that times them do not need each other.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
     if problem := triton.unavailable():
         print(f"error: tiles are measured on the GPU that will use them: {problem}.", file=sys.stderr)
         print("--dry-run lists the candidates anywhere.", file=sys.stderr)

@@ -268,3 +268,11 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert table["rows"] == [{"load": None, "tile": [8, 16, 1, 3, 1], "microseconds": [12.1, 12.1, 12.1]}]
     assert tune.main([*arguments, "--dry-run"]) == 0
     assert " 0 without a result" in capsys.readouterr().err
+
+
+def test_the_compiler_is_told_before_the_device_is_asked_for(tmp_path, monkeypatch):
+    """XLA reads its flags once, when a backend starts."""
+    devices, flags = jax.devices, []
+    monkeypatch.setattr(jax, "devices", lambda: flags.append(os.environ["XLA_FLAGS"]) or devices())
+    assert tune.main(["--dry-run", "--near", "--rows", "", "--log", str(tmp_path / "log.jsonl")]) == 0
+    assert flags and all("--xla_gpu_command_buffer_scheduling_mode=SERIALIZE" in found for found in flags)
