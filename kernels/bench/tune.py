@@ -272,8 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ferrum_kernels import triton, triton_tiles
 
     # One kernel after the other also in a CUDA graph: those of a program that times them do not need each other. The
-    # flags are read when the device is first asked for.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+    # flags are read when the device is first asked for, and an older compiler would end the process over this one.
+    if jax.__version_info__ >= (0, 10, 2):
+        flag = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     cfg = load_toml_config(options.config)
     d, f, experts = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
     old = triton_tiles.table(jax.devices()[0].device_kind)
