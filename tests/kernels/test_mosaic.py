@@ -60,6 +60,11 @@ def test_which_weights_are_taken(gate_up, down, dtype, taken):
     assert mosaic.takes(jnp.zeros((1, 2048), dtype), gate_up, down) is taken
 
 
+def test_rows_beyond_the_reach_of_offsets_are_not_taken():
+    for tokens, taken in ((2**20 - 1, True), (2**20, False)):
+        assert mosaic.takes(STRUCT((tokens, 2048), jnp.bfloat16), stack(2048, 1536), stack(768, 2048)) is taken
+
+
 def test_a_layer_that_is_not_taken_runs_on_triton():
     up, down = (tile(make_stack(1, 4, k=k, n=128, group_size=32)[0]) for k in (128, 64))
     logits = jnp.array([[3.0, 1, 2, 0], [0, 2, 1, 3]])
