@@ -38,6 +38,17 @@ def takes(dtype: Any, head_dim: int) -> bool:
     return jnp.dtype(dtype) in DTYPES and head_dim in HEADS
 
 
+def reaches(codes: int) -> bool:
+    """Whether the kernels reach all int8 codes of a cache of so many keys' numbers.
+
+    The compiler's offsets have 32 bits up to 2**32 bytes, and half of that is negative.
+
+    >>> [reaches(codes) for codes in (2**31, 2**31 + 1, 2**32, 2**32 + 1)]
+    [True, False, False, True]
+    """
+    return not 2**31 < codes <= 2**32
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -205,7 +216,7 @@ def _check(
             f"the table is {list(table.shape)} of pages of {page} positions; it has {batch} rows, and a page is a "
             f"power of two from 16."
         )
-    if pools[0].dtype == jnp.int8 and 2**31 < pools[0].size <= 2**32:
+    if pools[0].dtype == jnp.int8 and not reaches(pools[0].size):
         raise ShapeError(
             f"keys in int8 take {pools[0].size / 2**30:.1f} GiB; between 2 and 4 GiB the compiler's offsets of 32 bits "
             f"do not reach. Make the cache smaller or larger, or use bfloat16."
