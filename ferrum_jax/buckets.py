@@ -140,6 +140,12 @@ class BucketedStep:
         return compiled(**arguments)
 
 
+def structure_of(params: Any) -> Hashable:
+    """What of a pytree a compiled program depends on: its structure, and every leaf's shape and dtype."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
 def _signature(arguments: dict[str, Any]) -> dict[str, Any]:
     def of(leaf: Any) -> tuple:
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)

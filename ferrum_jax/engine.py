@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ferrum_jax.buckets import Buckets, CompileRecord
+from ferrum_jax.buckets import Buckets, CompileRecord, structure_of
 from ferrum_jax.budget import MemoryPlan, plan_memory, reachable_pages, step_bytes
 from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.checkpoint.load import Model
@@ -25,7 +25,6 @@ from ferrum_jax.engine_steps import (
     default_plans,
     init_state,
     steps_for,
-    structure_of,
     union,
 )
 from ferrum_jax.environment import free_memory
@@ -111,8 +110,9 @@ class Engine:
             of the others.
           cache_dtype: of keys and values, a float or "int8"; None means cfg.dtype, but float32 for bfloat16 on a CPU,
             where XLA copies a whole pool of bfloat16 to write into it.
-          plans: sampler stages to compile, from cheap to complete; a request that needs more is refused. None means
-            greedy, drawing with filters, and everything.
+          plans: sampler stages to compile, from cheap to complete; a request that needs more is refused. One of them
+            must have every stage of the others, as requests share a step. None means greedy, drawing with filters,
+            and everything.
           overlap: launch a step before the tokens of the last one are looked at, so that the device does not wait for
             the host; a sequence that ends costs one more row of one step. None means on all devices but the CPU.
 
@@ -128,6 +128,8 @@ class Engine:
         self._plans = default_plans(cfg.vocab_size) if plans is None else plans
         if not self._plans:
             raise ConfigError("plans is empty; give at least SamplerPlan(), which is greedy.")
+        if not any(covers(plan, union(self._plans)) for plan in self._plans):
+            raise ConfigError(f"no plan serves requests of all plans in one step; add {union(self._plans)}.")
         self._longest = min(cfg.max_position, buckets.cache[-1])
         narrow = cfg.dtype == "bfloat16" and jax.default_backend() == "cpu"
         dtype = dtype_of_cache(cfg, "float32" if cache_dtype is None and narrow else cache_dtype)
@@ -148,6 +150,7 @@ class Engine:
         self._state = init_state(cfg, self._shape)
         self._overlap = jax.default_backend() != "cpu" if overlap is None else overlap
         self._flights: list[_Flight] = []
+        self._events: list[Event] = []
         self._next_id = 0
 
     def submit(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> int:
@@ -190,18 +193,19 @@ class Engine:
 
         Returns:
           The tokens that came, of whichever requests; empty when none did. A token of a request whose step carries a
-          finish_reason is its last.
+          finish_reason is its last. After an interrupt or an error the next call goes on where this one was.
         """
         for sequence in self._schedule.let_in():
             self._state = self._steps.admit(sequence.slot, self._sampler_row(sequence), self._state)
-        before, self._flights = self._flights, []
+        before = len(self._flights)
         self._read()
         self._decode()
-        if not self._overlap:
-            before, self._flights = before + self._flights, []
-        events = [event for flight in before for event in self._land(flight)]
+        for _ in range(before if self._overlap else len(self._flights)):
+            host = jax.device_get(self._flights[0].sampled)
+            self._events += self._land(host, self._flights.pop(0).rows)
         if not self._schedule.running:
             self._flights = []  # of sequences that have ended
+        events, self._events = self._events, []
         return events
 
     def warm_up(self, plans: tuple[SamplerPlan, ...] | None = None) -> int:
@@ -212,7 +216,12 @@ class Engine:
 
         Returns:
           How many programs there are.
+
+        Raises:
+          ConfigError: the engine was not made with one of these plans.
         """
+        if unknown := [plan for plan in plans or () if plan not in self._plans]:
+            raise ConfigError(f"{unknown[0]} is none of the plans that this engine was made with.")
         most, count = self._buckets.prefill[-1], 0
         batches = [size for size in self._buckets.batch if size <= self._buckets.fit("batch", self._shape.slots)]
         row = init_sampler([SamplingParams()], self._model.cfg.vocab_size, [[]], self._shape.plan)
@@ -250,7 +259,8 @@ class Engine:
           RequestError: no request has this id.
         """
         if not 0 <= id < self._next_id:
-            raise RequestError(f"no request has the id {id}; ids so far are 0 to {self._next_id - 1}.")
+            known = f"ids so far are 0 to {self._next_id - 1}" if self._next_id else "none was submitted so far"
+            raise RequestError(f"no request has the id {id}; {known}.")
         return self._schedule.cancel(id)
 
     @property
@@ -352,10 +362,9 @@ class Engine:
         if landing:
             self._flights.append(_Flight(sampled, landing))
 
-    def _land(self, flight: _Flight) -> Iterator[Event]:
-        host: Sampled = jax.device_get(flight.sampled)
+    def _land(self, host: Sampled, rows: list[tuple[int, Sequence, int]]) -> Iterator[Event]:
         now, compiled = time.perf_counter(), self._compile_seconds()
-        for place, sequence, turn in flight.rows:
+        for place, sequence, turn in rows:
             if sequence.slot < 0 or sequence.turn != turn:
                 continue  # it ended, was cancelled or preempted while this was under way
             sequence.ahead -= 1
@@ -375,8 +384,9 @@ class Engine:
         for plan in self._plans:
             if covers(plan, wanted):
                 return plan
+        stages = ", ".join(name for name in SamplerPlan.__dataclass_fields__ if getattr(wanted, name))
         raise RequestError(
-            f"the request needs {wanted}; this engine has {', '.join(map(str, self._plans))}. Make the engine with a "
+            f"the request needs {stages}; this engine has {', '.join(map(str, self._plans))}. Make the engine with a "
             f"plan that has every stage, or leave the request's penalties, biases or filters out."
         )
 

@@ -23,8 +23,6 @@ from ferrum_jax.paged import PagedCache
 from ferrum_jax.sampling import Sampled, SamplerPlan, SamplerState, SamplingParams, init_sampler, sample_step
 from ferrum_jax.sampling_params import MAX_LOGPROBS
 
-# Fields of the sampler's state that a plan without their stage neither reads nor writes.
-TABLES = ("bias", "in_prompt", "counts")
 # Before the table of pages: slot, tokens held, tokens to read, whether to sample.
 COLUMNS = 4
 
@@ -46,8 +44,8 @@ def covers(plan: SamplerPlan, needed: SamplerPlan) -> bool:
 
 def union(plans: tuple[SamplerPlan, ...]) -> SamplerPlan:
     """The plan with every stage of all."""
-    stages: dict[str, Any] = {n: max((getattr(p, n) or 0) for p in plans) for n in SamplerPlan.__dataclass_fields__}
-    return SamplerPlan(**stages)
+    stages: dict[str, Any] = {n: any(getattr(plan, n) for plan in plans) for n in SamplerPlan.__dataclass_fields__}
+    return SamplerPlan(**{**stages, "logprobs": max(plan.logprobs or 0 for plan in plans)})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,16 +146,10 @@ def steps_for(cfg: ModelConfig, shape: Shape, structure: Hashable) -> EngineStep
     Args:
       cfg: the model.
       shape: sizes of the state.
-      structure: of the parameters, from `structure_of`.
+      structure: of the parameters, from `buckets.structure_of`.
     """
     del shape, structure
     return EngineSteps(cfg)
-
-
-def structure_of(params: Any) -> Hashable:
-    """What of the parameters a program depends on."""
-    leaves, structure = jax.tree.flatten(params)
-    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def advance(

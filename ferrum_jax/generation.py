@@ -155,6 +155,8 @@ class _Batch:
 
     @staticmethod
     def start(model: Model, prompts: Sequence[Prompt], requests: list[SamplingParams], buckets: Buckets) -> _Batch:
+        if not prompts:
+            raise RequestError("there are no prompts; give at least one.")
         if len(requests) != len(prompts):
             raise RequestError(f"there are {len(prompts)} prompts and {len(requests)} SamplingParams; give one each.")
         ids = [token_ids(model, prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +96,12 @@ def token_ids(model: Model, prompt: Prompt, name: str = "the prompt") -> list[in
       name: what errors call it.
 
     Raises:
-      RequestError: it is empty or holds an id outside the vocabulary.
+      RequestError: it is neither, is empty, or holds an id outside the vocabulary.
     """
-    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    try:
+        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(operator.index, prompt))
+    except TypeError as error:
+        raise RequestError(f"{name} is {reprlib.repr(prompt)}; give a text, or token ids such as [11, 12].") from error
     if not ids:
         raise RequestError(f"{name} is empty; give at least one token, such as the first word.")
     low, high, vocab = min(ids), max(ids), model.cfg.vocab_size
@@ -141,7 +146,7 @@ class Answer:
         Args:
           model: its tokenizer, and its end-of-text ids.
           sampling: the request.
-              limit: most tokens.
+          limit: most tokens.
         """
         end = () if sampling.ignore_eos else model.cfg.eos_token_ids or model.tokenizer.eos_token_ids
         self.count, self.limit = 0, limit

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ferrum_jax.buckets import BucketedStep, CompileRecord
+from ferrum_jax.buckets import BucketedStep, CompileRecord, structure_of
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.model import prefill
 from ferrum_jax.paged import Cache
@@ -169,8 +169,7 @@ class Steps:
 
     def of(self, params: Any, plan: SamplerPlan) -> Programs:
         """The programs for parameters of one structure and one sampler plan."""
-        leaves, structure = jax.tree.flatten(params)
-        key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), plan)
+        key = structure_of(params), plan
         if key not in self._by_plan:
             self._by_plan[key] = Programs(self.cfg, plan)
         return self._by_plan[key]

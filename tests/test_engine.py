@@ -203,6 +203,43 @@ def test_cancelling_frees_pages_and_silences(model: Model, alone: list[list[int]
     assert {id for id, _ in rest} == {kept} and engine.load.free_pages == PAGES
     with pytest.raises(RequestError, match=r"no request has the id 9; ids so far are 0 to 3"):
         engine.cancel(9)
+    with pytest.raises(RequestError, match=r"no request has the id 0; none was submitted so far"):
+        make(model).cancel(0)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("where", ["launching", "landing"])
+def test_an_interrupted_step_loses_no_token(
+    model: Model, alone: list[list[int]], overlap: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(model, overlap=overlap)
+    ids = [engine.submit(prompt, **way) for prompt, way in zip(PROMPTS[:2], WAYS[:2], strict=True)]
+    events = engine.step() + engine.step()
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "launching":
+            patch.setattr(engine._steps, "decode", interrupted)
+        else:
+            patch.setattr(jax, "device_get", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    for _ in range(40):
+        events += engine.step()
+    assert engine.idle and [tokens(events, id) for id in ids] == alone[:2]
+
+
+def test_plans_of_requests_that_share_a_step_are_served_together(model: Model) -> None:
+    drawn, biased = SamplerPlan(random=True), SamplerPlan(bias=True)
+    with pytest.raises(
+        ConfigError, match=r"no plan serves .* in one step; add SamplerPlan\(bias=True, repetition=False"
+    ):
+        make(model, plans=(drawn, biased))
+    engine = make(model, plans=(SamplerPlan(),))
+    with pytest.raises(ConfigError, match=r"SamplerPlan\(bias=True.*\) is none of the plans that this engine was made"):
+        engine.warm_up((biased,))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +256,7 @@ def test_cancelling_frees_pages_and_silences(model: Model, alone: list[list[int]
             "the prompt has 128 tokens; there is room for 128, and the answer needs some of",
         ),
         ([5] * 40, {"max_tokens": 9}, CapacityError, "a prompt of 40 tokens and an answer of up to 9 need 12 pages of"),
-        ("a", {"presence_penalty": 1.0}, RequestError, "this engine has SamplerPlan(bias=False"),
+        ("a", {"presence_penalty": 1.0}, RequestError, "the request needs presence_frequency; this engine has"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_runs(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ferrum_jax.generation import Step, Steps, steps_for, stream_batch
 from ferrum_jax.sampling import SamplerPlan, SamplingParams
 
 PROMPTS = ["Once upon a time there was a king", "The fox", "In the beginning of the world the old woman said to him"]
+NO_PROMPTS: list[Any] = [None, [1, 2.5]]
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +227,18 @@ def test_the_context_limits_the_answer(model: Model) -> None:
     [
         (lambda m: fj.stream_generate(m, ""), "prompt 0 is empty; give at least one token"),
         (lambda m: fj.stream_generate(m, [1, 4096]), "prompt 0 holds token ids 1 to 4096; this model's vocabulary is"),
+        (
+            lambda m: fj.stream_generate(m, NO_PROMPTS[0]),
+            "prompt 0 is None; give a text, or token ids such as [11, 12]",
+        ),
+        (lambda m: fj.stream_generate(m, NO_PROMPTS[1]), "prompt 0 is [1, 2.5]; give a text, or token ids"),
+        (lambda m: fj.generate(m, [5, 6]), "prompt 0 is 5; give a text, or token ids"),
         (lambda m: fj.stream_generate(m, [-1]), "prompt 0 holds token ids -1 to -1; this model's vocabulary is"),
         (lambda m: fj.stream_generate(m, "a", temprature=1.0), "'temprature' is not a sampling value; accepted are"),
         (lambda m: fj.stream_generate(m, "a", SamplingParams(), seed=1), "either as SamplingParams or as keywords"),
         (lambda m: stream_batch(m, "a"), "prompts is one string; give a list of prompts, or use stream_generate"),
         (lambda m: stream_batch(m, ["a"], [SamplingParams()], seed=1), "per prompt or as keywords, not both"),
+        (lambda m: stream_batch(m, []), "there are no prompts; give at least one"),
         (lambda m: stream_batch(m, ["a", "b"], [SamplingParams()]), "there are 2 prompts and 1 SamplingParams"),
         (lambda m: fj.stream_generate(m, "a", stop_token_ids=(5000,)), "stop_token_ids names token 5000, but the"),
     ],

@@ -161,6 +161,7 @@ def place_all(tree: Any, units: list[Unit], feed: Feed, layout: Callable[[Any], 
         except BaseException:
             outer.shutdown(wait=False, cancel_futures=True)
             room.close()
+            stacks.drop()  # the error keeps this frame alive, and what is loaded instead needs the memory
             raise
     return fold_permutations(jax.tree.unflatten(structure, stacks.finished()))
 
@@ -196,6 +197,12 @@ class _Stacks:
                 )
             done.block_until_ready()
             del sent
+
+    def drop(self) -> None:
+        """Free the stacks; chunks that come later go nowhere."""
+        for node, lock in enumerate(self._locks):
+            with lock:
+                self._stacks[node] = None
 
     def finished(self) -> list[Any]:
         return jax.block_until_ready(self._stacks)

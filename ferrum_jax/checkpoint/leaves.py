@@ -74,7 +74,7 @@ class LeafReader:
         """The work of `fill` in pieces that several threads can do at once.
 
         Args:
-          source: Vector, Linear or Experts.
+          source: as for fill.
           out: as for fill.
 
         Returns:

@@ -267,14 +267,18 @@ def _from_checkpoint(
     with Progress(f"loading {folder.name}", files.nbytes, quiet) as progress, files.reader() as reader:
         leaves = LeafReader(reader, files, dialect, progress)
         if entry is not None:
+            complete = None
             try:
                 with writing(entry, plan.tree, facts) as target:
                     params = _filled(plan, leaves, layout_for(cfg), target)
                     if find_entry(entry.path.parent, folder, cfg, checkpoint_format) != entry:
                         raise CheckpointError(f"{folder} changed while it was read. Load it again.")
-                return facts, params, entry.path, checked
+                    complete = params
+                return facts, complete, entry.path, checked
             except OSError as problem:
                 _not_kept(f"{entry.path.parent} cannot be written ({problem.strerror}), so", stacklevel=4)
+            if complete is not None:  # the file got no name; a second copy beside the parameters might not fit
+                return facts, complete, None, checked
         return facts, _filled(plan, leaves, layout_for(cfg), None), None, checked
 
 

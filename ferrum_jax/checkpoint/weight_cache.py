@@ -314,9 +314,8 @@ def writing(entry: Entry, tree: Any, facts: Facts) -> Iterator[Writer]:
             f"{layout.size / 2**30:.1f} GiB are needed and {SPARE_DISK / 2**30:.0f} GiB to spare, "
             f"{free / 2**30:.1f} GiB are free",
         )
-    file, name = tempfile.mkstemp(_TEMPORARY, dir=folder)
+    file, name = _locked_file(folder)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as long as this process lives
         yield Writer(file, layout, tree)
         os.replace(name, entry.path)
     except BaseException:
@@ -325,6 +324,22 @@ def writing(entry: Entry, tree: Any, facts: Facts) -> Iterator[Writer]:
         raise
     finally:
         os.close(file)
+
+
+def _locked_file(folder: Path) -> tuple[int, str]:
+    """(descriptor, name) of a new file that is locked as long as this process lives."""
+    while True:
+        file, name = tempfile.mkstemp(_TEMPORARY, dir=folder)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.exists(name):
+                return file, name
+            os.close(file)  # before it was locked another process took it for an orphan
+        except BaseException:
+            os.close(file)
+            with suppress(OSError):
+                os.unlink(name)
+            raise
 
 
 def _remove_orphans(folder: Path) -> None:

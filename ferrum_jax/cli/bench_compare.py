@@ -10,7 +10,6 @@ from typing import Any
 from ferrum_jax.cli.options import UsageError
 from ferrum_jax.cli.output import table
 
-# (what, unit or None for a plain ratio, whether more is better)
 RATES = ("tokens_per_second",)
 SECONDS = (
     "first_token_seconds",
@@ -39,8 +38,10 @@ def read_report(path: str) -> dict[str, Any]:
         raise UsageError(f"--compare {path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise UsageError(f"--compare {path} is no JSON ({error}); give what  bench --json  has printed.") from error
-    if not isinstance(report, dict) or not {"device", "prefill", "decode"} <= report.keys():
-        raise UsageError(f"--compare {path} is no report of bench; give what  bench --json  has printed.")
+    try:
+        list(_rows(report))  # now, not after minutes of measuring
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"--compare {path} is no report of bench; give what  bench --json  has printed.") from error
     return report
 
 

@@ -104,6 +104,8 @@ def _fitting(measure: Callable[[], dict[str, Any]], **row: int) -> dict[str, Any
         return {**row, "fits": True, **measure(), "peak_memory_bytes": peak_memory()[0]}
     except _TooLarge as error:
         return {**row, "fits": False, **error.args[0]}
+    except CapacityError as error:  # the steps' own memory beside the cache
+        return {**row, "fits": False, "reason": str(error)}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -184,8 +184,34 @@ def test_an_error_of_the_device_is_not_taken_for_damage(
         raise ValueError("the device fell off the bus")
 
     monkeypatch.setattr(device._Stacks, "put", broken)
-    with pytest.raises(ValueError, match="fell off the bus"):
+    before = len(jax.live_arrays())
+    with pytest.raises(ValueError, match="fell off the bus") as caught:
         load(folder, weight_cache=True)
+    assert caught.tb is not None and len(jax.live_arrays()) <= before  # an error that is held holds no weights
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_that_gets_no_name_costs_no_second_load(
+    tmp_path: Path, cache: Path, shared: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shared:
+        request.getfixturevalue("apart")
+    folder = write_checkpoint(tmp_path / "tiny", SPECS["symmetric"])
+    plain, loads, filled = load(folder), [], loading._filled
+
+    def counted(*arguments: Any) -> Any:
+        loads.append(1)
+        return filled(*arguments)
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(loading, "_filled", counted)
+    monkeypatch.setattr(weight_cache.os, "replace", refused)
+    with pytest.warns(CheckpointWarning, match=r"cache cannot be written \(Read-only file system\), so the assembled"):
+        model = load(folder, weight_cache=True)
+    assert (len(loads), model.report.weight_cache, list(cache.iterdir())) == (1, None, [])
+    assert_same(model.params, plain.params)
 
 
 def test_a_disk_that_fills_up_is_a_warning(

@@ -282,6 +282,22 @@ def test_the_file_of_a_living_writer_is_left_alone(folder: Path, cache: Path) ->
         assert (cache / "other.incomplete").exists()
 
 
+def test_a_file_that_is_taken_for_an_orphan_before_it_is_locked_is_made_anew(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, taken = weight_cache.fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if not taken:
+            taken.extend(cache.glob("*.incomplete"))
+            taken[0].unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(weight_cache.fcntl, "flock", late)
+    assert load(folder).report.weight_cache == entry(cache) and len(taken) == 1
+    assert load(folder).report.from_cache
+
+
 def test_an_error_while_writing_leaves_nothing(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: object, source: object, out: object) -> None:
         raise CheckpointError("the disk of the checkpoint failed")

@@ -51,7 +51,7 @@ def test_random_weights(sizes, capsys):
         assert 0 < rate["min"] <= rate["tokens_per_second"] <= rate["max"]
     assert report["first_token_seconds_min"] <= report["first_token_seconds"] <= report["first_token_seconds_max"]
     assert [row["step"] for row in report["compiles"]] == ["prefill", "sample", "decode"]
-    assert [row["bucket"][:3] for row in report["compiles"]] == [[2, 16, 64], [2], [2, 64, 1]]
+    assert [row["bucket"] for row in report["compiles"]] == [[2, 16, 64], [2], [2, 64]]
     assert report["compile_seconds"] == pytest.approx(sum(row["seconds"] for row in report["compiles"]))
     assert report["peak_memory_bytes"] > report["parameter_bytes"] > 0 and report["peak_memory_of"] == "process"
     assert (report["dtype"], report["implementation"], report["repeats"]) == (

@@ -158,7 +158,17 @@ def test_a_device_that_runs_out_of_memory_is_a_row_and_other_errors_are_errors(
     assert main(arguments) == 0
     assert "prefill 4: does not fit: RESOURCE_EXHAUSTED: Out of memory" in capsys.readouterr().out
     monkeypatch.setattr(bench_sweep, "_timed", broken("INTERNAL: the bus"))
-    assert main(arguments) == 1 or "INTERNAL: the bus" in capsys.readouterr().err
+    assert main(arguments) == 1 and "INTERNAL: the bus" in capsys.readouterr().err
+
+
+def test_steps_that_do_not_fit_beside_the_cache_are_a_row_too(
+    sizes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ferrum_jax.budget.free_memory", lambda: 25_000)  # a cache of 24 KiB fits alone
+    assert main(["bench", "--synthetic", sizes, "--prefill", "4,40", "--repeats", "1", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "prefill 4: does not fit: a cache of 64 tokens needs 0.00 GiB; the device has" in out
+    assert "prefill 40: does not fit: " in out
 
 
 @pytest.mark.parametrize(
@@ -187,7 +197,15 @@ def test_what_is_refused(
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("text", "message"), [("[", "is no JSON"), ("{}", "is no report of bench")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is no JSON"),
+        ("{}", "is no report of bench"),
+        ("[1]", "is no report of bench"),
+        ('{"device": 1, "prefill": 1, "decode": [2]}', "is no report of bench"),
+    ],
+)
 def test_files_that_are_no_reports(tmp_path: Any, sizes: str, capsys: Any, text: str, message: str) -> None:
     (tmp_path / "old.json").write_text(text)
     assert main(["bench", "--synthetic", sizes, "--compare", str(tmp_path / "old.json")]) == 2

@@ -98,7 +98,7 @@ def test_wrong_usage_is_exit_code_2(arguments, message, capsys):
         (["run", "demo", "hi", "--revision", "main"], "revision='main' is for Hugging Face ids"),
         (
             ["run", "demo", "hi", "--implementation", "fast"],
-            "--implementation fast is unknown; accepted are cpu, cpu-exact, cpu-int8, triton, xla, apple",
+            "--implementation fast is unknown; accepted are cpu, cpu-exact, cpu-int8, triton, mosaic, xla, apple",
         ),
         (["run", "demo", "hi", "--system", "Be brief."], "a system message needs a chat template, and this checkpoint"),
         (["run", "demo", "a " * 3000], "prompt 0 has [0-9]+ tokens; this model's context is 2048"),
