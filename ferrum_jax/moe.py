@@ -287,7 +287,7 @@ def _on_triton(
     mask: jax.Array | None,
     logits: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
-    """The same layer in four or five kernels after the router's product."""
+    """The same layer in two to five kernels after the router's product."""
     backend = mosaic if implementation_of(cfg) == mosaic.NAME else triton
     backend.check(*params["experts"].values())
     triton.check_dtype(x)

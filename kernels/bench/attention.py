@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,6 @@ import numpy as np
 from ferrum_jax.config_file import load_toml_config
 from ferrum_kernels.triton_attention import attention_fused
 
-READ = {"H200": 4.65e12, "H100": 3.1e12}  # bytes a second of a plain read, measured
 NO_WINDOW = 2**31 - 1
 HEADER = "phase    batch  tokens  context  cache     page        us (least)     TB/s   of read  TFLOP/s  compile"
 
@@ -105,14 +105,12 @@ def measure(cfg: Any, case: Case, layers: int, repeats: int) -> dict[str, Any]:
     nbytes = case.batch * (case.context + case.tokens) * per_token
     seen = case.tokens * case.context + case.tokens * (case.tokens + 1) // 2
     flops = 4 * cfg.num_heads * h * case.batch * seen
-    kind = jax.devices()[0].device_kind
-    read = next((rate for name, rate in READ.items() if name in kind), float("nan"))
     return {
         **dataclasses.asdict(case),
         "microseconds": seconds * 1e6,
         "least_microseconds": min(took) * 1e6,
         "terabytes_per_second": nbytes / seconds / 1e12,
-        "of_read": nbytes / seconds / read,
+        "of_read": nbytes / seconds / gpu_table.READ.get(gpu_table.device(), float("nan")),
         "teraflops": flops / seconds / 1e12,
         "compile_seconds": compile_seconds,
     }

@@ -151,8 +151,7 @@ def one_layer(tokens: int, config: Path) -> None:
 
     @jax.jit
     def run(x: jax.Array, logits: jax.Array, stacks: Any) -> jax.Array:
-        _, weights, live, counts = triton.route(logits, None, cfg.top_k, True)
-        return triton.experts(x, live, weights, counts, stacks[0], stacks[1], 0)
+        return triton.routed_experts(x, logits, None, cfg.top_k, True, *stacks, 0)[0]
 
     jax.block_until_ready(run(x, logits, stacks))
     driver = ctypes.CDLL("libcuda.so.1")

@@ -31,6 +31,7 @@ from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.params import abstract
 from ferrum_jax.sampling import SamplerPlan, SamplingParams, init_sampler
 from ferrum_jax.steps import decode_steps, going
+from ferrum_kernels.bits import centred
 from ferrum_kernels.tiles import TiledLinear, is_weight, tile_all
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -41,10 +42,8 @@ def random_tiles(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
 
     def values(key: jax.Array, shape: tuple[int, ...], dtype: Any, parent: TiledLinear | None, name: str) -> jax.Array:
         if dtype == jnp.uint16:
-            bits = jax.random.bits(key, shape, jnp.uint16)
-            # 8 in place of 0: codes average their zero point, else all tokens go to the same few experts.
-            empty = ~(bits | bits >> 1 | bits >> 2 | bits >> 3) & np.uint16(0x1111)
-            return bits | empty << 3
+            words = jax.random.bits(key, shape, jnp.uint16)
+            return words if parent is None else centred(words, parent.bits)
         if parent is not None:
             spread = 2**parent.bits * parent.k**0.5 * 0.3
             return jax.random.uniform(key, shape, minval=0.5 / spread, maxval=1.5 / spread).astype(dtype)

@@ -124,7 +124,7 @@ def rows(
             "compile_seconds": compile_seconds,
             "relative_error": error,
             "clocks": clocks,
-            "cut": _cut(count * top_k, *stacks, implementation),
+            "cut": _cut(count, top_k, *stacks, implementation),
         }
 
 
@@ -235,12 +235,13 @@ def backend(implementation: str | None) -> Any:
     return mosaic if (implementation or default_implementation()) == mosaic.NAME else triton
 
 
-def _cut(pairs: int, gate_up: TiledLinear, down: TiledLinear, implementation: str | None) -> list[Any]:
+def _cut(count: int, top_k: int, gate_up: TiledLinear, down: TiledLinear, implementation: str | None) -> list[Any]:
     """How the two products are cut: both as objects, with the rows of a block where there are blocks."""
     from ferrum_kernels.triton_tiles import expert_tiles, few_cuts
 
+    pairs = count * top_k
     parts = backend(implementation) is mosaic and mosaic.rings(pairs, down.num_experts)
-    parts = parts or few_cuts(pairs, down.num_experts, gate_up, down) or expert_tiles(pairs, down.num_experts)
+    parts = parts or few_cuts(pairs, top_k, down.num_experts, gate_up, down) or expert_tiles(pairs, down.num_experts)
     return [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
 
 

@@ -27,7 +27,7 @@ from ferrum_jax.params import random_params
 from ferrum_kernels import mosaic
 
 
-def measure(layers: list[Any], cfg: Any, tokens: int, repeats: int, seed: int) -> dict[str, Any]:
+def measure(layers: dict[str, Any], cfg: Any, tokens: int, repeats: int, seed: int) -> dict[str, Any]:
     """Seconds per layer for a number of tokens; the weights take turns."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((tokens, cfg.hidden_size)), cfg.dtype)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plot_moe_layer import short
+
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 COLOURS = ("#1f5fa8", "#2e8b6f", "#7a4fa3")
 ORANGE, GREY = "#c2571a", "#8a8a8a"
@@ -23,15 +25,6 @@ VLLM = ((1, 234), (4, 777), (16, 2135), (32, 3616), (64, 6366), (128, 11_200), (
 VLLM_CONTEXT = 256
 VLLM_LAYERS = 48
 TICKS = (10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000)
-
-
-def short(device: str) -> str:
-    """A device's name for a file.
-
-    >>> short("NVIDIA H100 80GB HBM3"), short("NVIDIA L40S")
-    ('h100', 'nvidia-l40s')
-    """
-    return next((n for n in ("h100", "h200") if n in device.lower()), device.lower().replace(" ", "-"))
 
 
 def by_context(report: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:

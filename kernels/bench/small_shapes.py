@@ -20,7 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_kernels import PackedLinear, dequantize, gptq_matmul, grouped_gptq_matmul, tile, triton
+from ferrum_kernels import (
+    PackedLinear,
+    dequantize,
+    gptq_matmul,
+    grouped_gptq_matmul,
+    tile,
+    triton,
+    triton_attention,
+    triton_cut,
+    triton_norm,
+)
 from ferrum_kernels.bits import words_for
 from ferrum_kernels.blocks import dispatch, from_blocks, to_blocks
 
@@ -33,6 +43,8 @@ DIALECTS = [  # bits, group size, symmetric, act-order
     (8, 64, True, True),
     (4, 32, False, True),
 ]
+# int8 or not, positions of a page (0: no pages), positions of a row: with many, several programs share a row.
+CACHES = [(False, 0, 96), (False, 16, 96), (True, 16, 96), (False, 16, 1088), (True, 0, 1088)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +118,88 @@ def layer(rng: np.random.Generator, dialect: tuple, tokens: int) -> float:
     return max(error(apart, expected), error(together, expected))
 
 
+def sums(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
+    """A sum of two branches, its norm and the router's logits; the second of two layers."""
+    del kind
+    x, y, scale, router = (
+        on_the_gpu(rng.standard_normal(shape)) for shape in ((tokens, D), (tokens, D), (2, D), (2, EXPERTS, D))
+    )
+    total, norm, logits = triton_norm.add_norm_route(x, y, scale, router, 1, 1e-6, triton.is_interpreted())
+    a, b, total32, norm32, factor, matrix = (
+        np.asarray(z, np.float32) for z in (x, y, total, norm, scale[1], router[1])
+    )
+    expected = total32 / np.sqrt((total32**2).mean(-1, keepdims=True) + 1e-6) * factor
+    return max(error(total, a + b), error(norm, expected), error(logits, norm32 @ matrix.T))
+
+
+def filters(rng: np.random.Generator, kind: tuple, rows: int) -> float:
+    """How far what top-k or top-p keeps is from its limit; infinite where others than the best are kept."""
+    likely, vocab = kind == ("top-p",), 20_001
+    logits = (3 * rng.standard_normal((rows, vocab))).astype(np.float32)
+    logits[:, 100:180] = 9.0
+    limits = (rng.uniform(0.05, 0.95, rows) if likely else rng.integers(1, 300, rows)).astype(np.float32)
+    kept = triton_cut.keep_best(jax.device_put(logits), jax.device_put(limits), likely, triton.is_interpreted())
+    worst = 0.0
+    for row, mask, limit in zip(logits.astype(np.float64), np.asarray(kept) > -np.inf, limits, strict=True):
+        order, count = np.argsort(-row, kind="stable"), int(mask.sum())
+        if not count or not mask[order[:count]].all():
+            return float("inf")
+        weights = np.exp(row[order] - row.max())
+        reached = np.cumsum(weights) / weights.sum()
+        before = reached[count - 2] if count > 1 else 0.0
+        worst = max(worst, max(limit - reached[count - 1], before - limit) if likely else abs(count - limit))
+    return float(worst)
+
+
+def attention(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
+    """New tokens of four rows, one without any and one up to its last position, over a cache with NaN around it."""
+    codes, page, capacity = kind
+    heads, kv_heads, h, layers, batch = 6, 2, 32, 2, 4
+    start, count = rng.integers(20, capacity - tokens, batch), np.full(batch, tokens)
+    start[0], count[1] = capacity - tokens, 0
+    turns = capacity // page if page else 1
+    order = (rng.permutation(batch * turns) if page else np.arange(batch)).reshape(batch, turns)
+    shape, size = (layers, batch * turns, capacity // turns, kv_heads, h), (batch, capacity, kv_heads)
+    live = np.arange(capacity) < start[:, None]
+    pools, scales, held = [], [], []
+    for _ in "kv":
+        values = (rng.integers(-127, 128, (*size, h)) if codes else rng.standard_normal((*size, h))).astype(
+            jnp.bfloat16
+        )
+        factors = rng.uniform(0.005, 0.01, size).astype(np.float32) if codes else np.ones(size, np.float32)
+        held.append(values.astype(np.float32) * factors[..., None])
+        pool, scale = np.full(shape, 77 if codes else np.nan, np.float32), np.full(shape[:-1], np.nan, np.float32)
+        pool[1, order] = np.where(live[..., None, None], values, pool[1, 0, 0, 0, 0]).reshape(batch, turns, *shape[2:])
+        scale[1, order] = np.where(live[..., None], factors, np.nan).reshape(batch, turns, *shape[2:-1])
+        pools.append(jax.device_put(pool.astype(np.int8)) if codes else on_the_gpu(pool))
+        scales.append(jax.device_put(scale))
+    q, k, v = (on_the_gpu(rng.standard_normal((batch, tokens, n * h))) for n in (heads, kv_heads, kv_heads))
+    angles = rng.uniform(0, 6, (batch, tokens, h // 2))
+    cosine, sine = (jax.device_put(part(angles).astype(np.float32)) for part in (np.cos, np.sin))
+    numbers = (jax.device_put(a.astype(np.int32)) for a in (start, count))
+    table = jax.device_put(order.astype(np.int32)) if page else None
+    given = (tuple(pools), 1, *numbers, 2**31 - 1, table, tuple(scales) if codes else None)
+    y, *_ = triton_attention.attention(q, k, v, None, 1e-6, cosine, sine, *given)
+
+    def turned(x: jax.Array, n: int) -> np.ndarray:
+        first, second = np.split(np.asarray(x, np.float32).reshape(batch, tokens, n, h), 2, -1)
+        c, s = np.cos(angles)[:, :, None], np.sin(angles)[:, :, None]
+        return np.concatenate([first * c - second * s, second * c + first * s], -1)
+
+    queries, new = (
+        turned(q, heads),
+        (turned(k, kv_heads), np.asarray(v, np.float32).reshape(batch, tokens, kv_heads, h)),
+    )
+    expected = np.zeros((batch, tokens, heads, h))
+    for row, t in np.argwhere(np.arange(tokens) < count[:, None]):
+        keys, values = (np.concatenate([a[row, : start[row]], b[row, : t + 1]]) for a, b in zip(held, new, strict=True))
+        keys, values = (np.repeat(a, heads // kv_heads, axis=1) for a in (keys, values))
+        scores = np.einsum("hd,shd->hs", queries[row, t], keys) / h**0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected[row, t] = np.einsum("hs,shd->hd", weights / weights.sum(-1, keepdims=True), values)
+    return error(y, expected.reshape(batch, tokens, -1))
+
+
 def on_the_gpu(x: np.ndarray) -> jax.Array:
     """bfloat16, rounded on the CPU."""
     return jax.device_put(x.astype(jnp.bfloat16))
@@ -117,7 +211,7 @@ def error(actual: jax.Array, expected: np.ndarray) -> float:
 
 
 def cases() -> Iterator[tuple[Callable[[np.random.Generator, tuple, int], float], tuple, int]]:
-    """What is run: each dialect with an odd number of rows, and a layer with few and with many pairs."""
+    """What is run: each dialect with an odd number of rows, a layer with few and with many pairs, and all the rest."""
     for dialect in DIALECTS:
         yield product, dialect, 5
         yield layer, dialect, 3
@@ -128,6 +222,13 @@ def cases() -> Iterator[tuple[Callable[[np.random.Generator, tuple, int], float]
     yield layer, DIALECTS[0], 1
     yield layer, DIALECTS[0], 70
     yield layer, DIALECTS[0], 300
+    for tokens in (3, 37):
+        yield sums, (), tokens
+    for kind in (("top-k",), ("top-p",)):
+        yield filters, kind, 3
+    for kind in CACHES:
+        yield attention, kind, 1
+        yield attention, kind, 5
 
 
 def main() -> int:
@@ -138,11 +239,11 @@ def main() -> int:
     seed = np.random.SeedSequence().entropy
     rng = np.random.default_rng(seed)
     wrong = 0
-    for run, dialect, rows in cases():
-        found = run(rng, dialect, rows)
+    for run, kind, rows in cases():
+        found = run(rng, kind, rows)
         good = found <= LARGEST_ERROR
         wrong += not good
-        print(f"{'right' if good else 'WRONG'} {run.__name__} {dialect} {rows}: {found:.1e}", flush=True)
+        print(f"{'right' if good else 'WRONG'} {run.__name__} {kind} {rows}: {found:.1e}", flush=True)
     print(f"{wrong} wrong; seed {seed}")
     return int(wrong > 0)
 

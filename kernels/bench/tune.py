@@ -25,7 +25,9 @@ import tune_cases as cases_of
 from tune_cases import Case
 
 ROOT = Path(__file__).parents[2]
-TUNED = ROOT / "kernels" / "ferrum_kernels" / "tuned"
+KERNELS = ROOT / "kernels" / "ferrum_kernels"
+TUNED = KERNELS / "tuned"
+SOURCES = ("decode", "few", "matmul", "route")  # of the kernels that are measured
 NOTE = (
     "tile: rows of a block, outputs, warps, stages, blocks of weights per turn; load: most pairs per expert, or most "
     "rows; microseconds: up, down and place, or of each shape"
@@ -65,9 +67,7 @@ def source_of_kernels() -> str:
     """A name for what is measured: the kernels' sources and the compiler's version."""
     import jaxlib
 
-    text = "".join(
-        (ROOT / "kernels" / "ferrum_kernels" / f"triton_{n}.py").read_text("utf-8") for n in ("matmul", "route")
-    )
+    text = "".join((KERNELS / f"triton_{name}.py").read_text("utf-8") for name in SOURCES)
     return hashlib.sha256((jaxlib.__version__ + text).encode()).hexdigest()[:12]
 
 
@@ -271,6 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ferrum_jax.config_file import load_toml_config
     from ferrum_kernels import triton, triton_tiles
 
+    # One kernel after the other also in a CUDA graph: those of a program that times them do not need each other. The
+    # flags are read when the device is first asked for, and an older compiler would end the process over this one.
+    if jax.__version_info__ >= (0, 10, 2):
+        flag = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     cfg = load_toml_config(options.config)
     d, f, experts = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
     old = triton_tiles.table(jax.devices()[0].device_kind)
@@ -286,8 +291,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(case.key, log.results.get(case.key, ""))
         print(f"{len(cases)} candidates, {todo} without a result in {options.log}", file=sys.stderr)
         return 0
-    # One kernel after the other also in a CUDA graph: those of a program that times them do not need each other.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
     if problem := triton.unavailable():
         print(f"error: tiles are measured on the GPU that will use them: {problem}.", file=sys.stderr)
         print("--dry-run lists the candidates anywhere.", file=sys.stderr)

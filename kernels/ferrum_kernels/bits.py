@@ -118,14 +118,14 @@ def pack(codes: Any, bits: int, axis: int) -> Any:
     return packed[..., : words_for(count, bits), :]
 
 
-def centred(words: np.ndarray, bits: int) -> np.ndarray:
+def centred(words: Any, bits: int) -> Any:
     """Random words with codes that are 2**(bits - 1) on average: a code of zero becomes that middle.
 
     Symmetric weights made of plain random words have a mean of half a step below zero. That is the same direction in
     every output, so a random model of some depth sends all its tokens to the same experts.
 
     Args:
-      words: uint32, random.
+      words: unsigned integers of any width, random, of numpy or JAX.
       bits: 2, 4 or 8; words of 3 bits are returned as they are, as their codes straddle words.
 
     Returns:
@@ -136,9 +136,9 @@ def centred(words: np.ndarray, bits: int) -> np.ndarray:
     """
     if 32 % bits:
         return words
-    any_bit, width = words, 1
+    any_bit, width, kind = words, 1, words.dtype.type
     while width < bits:
-        any_bit = any_bit | (any_bit >> np.uint32(width))
+        any_bit = any_bit | (any_bit >> kind(width))
         width *= 2
-    lowest = np.uint32(sum(1 << i for i in range(0, 32, bits)))
-    return words | ((~any_bit & lowest) << np.uint32(bits - 1))
+    lowest = kind(sum(1 << i for i in range(0, 8 * words.dtype.itemsize, bits)))
+    return words | ((~any_bit & lowest) << kind(bits - 1))

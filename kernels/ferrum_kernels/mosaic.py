@@ -62,7 +62,8 @@ def takes(x: jax.Array, gate_up: TiledLinear, down: TiledLinear) -> bool:
     features = down.k
     sizes = features % 128 == 0 and gate_up.k % 128 == 0 and down.n_per_expert % 256 == 0
     plain = all(w.bits == 4 and w.group_size == 128 and w.zeros is None and w.perm is None for w in (gate_up, down))
-    return sizes and plain and gate_up.n_per_expert == 2 * features and x.dtype == jnp.bfloat16
+    reached = x.size < 2**31  # offsets of gathered rows are 32 bits, in bytes
+    return sizes and plain and reached and gate_up.n_per_expert == 2 * features and x.dtype == jnp.bfloat16
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from ferrum_kernels.tiles import TiledLinear, cannot_tile
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import Rows, product
 from ferrum_kernels.triton_route import count as count
-from ferrum_kernels.triton_tiles import expert_tiles, few_cuts, fit, row_tile
+from ferrum_kernels.triton_tiles import expert_tiles, few_cuts, fit, little_memory, row_tile
 
 NAME = "triton"
 MOST_ROWS = 64  # of a block of a Dispatch that one program takes
@@ -72,6 +72,11 @@ def refuses(w: Any) -> str | None:
     'tiles hold codes of 4 and 8 bits; this weight has 3. Use implementation="xla" for it'
     """
     if isinstance(w, TiledLinear):
+        if w.zeros is not None and 2**31 < w.zeros.size <= 2**32:
+            return (
+                f"this stack has {w.zeros.size / 2**30:.1f} GiB of zero points; between 2 and 4 GiB the compiler's "
+                'offsets of 32 bits do not reach. Use implementation="xla" for it'
+            )
         return None
     if not isinstance(w, PackedLinear):
         return 'the Triton kernels take tiled weights; this one is a plain array. Use implementation="xla" for it'
@@ -121,7 +126,7 @@ def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax
     if w.perm is not None:
         x = jnp.take(x, w.perm if index is None else w.perm[index], axis=-1)
     if m <= triton_rows.MOST:
-        cut = triton_rows.cut_for(m, w.num_blocks)
+        cut = triton_rows.cut_for(m, w.num_blocks, little_memory())
         return triton_rows.product(padded(x, w), w, index, cut, out_dtype, _interpret.get())[:, : w.n_per_expert]
     block, tile = row_tile(m)
     tile = fit(tile, w.words.shape[-2], w.num_blocks)
@@ -196,7 +201,7 @@ def experts(
       [T, D] in x.dtype. silu(gate) * up is rounded to x.dtype; a pair's output is kept in float32 unless there are
       MANY_PAIRS of them, then in x.dtype; sums are float32.
     """
-    if cuts := few_cuts(live.size, down.num_experts, gate_up, down):
+    if cuts := few_cuts(live.size, live.shape[1], down.num_experts, gate_up, down):
         flat, top_k = live.reshape(-1), live.shape[1]
         source = padded(x, gate_up)
         if gate_up.perm is not None:
@@ -230,7 +235,7 @@ def routed_experts(
     Returns:
       [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K].
     """
-    cuts = few_cuts(x.shape[0] * top_k, down.num_experts, gate_up, down)
+    cuts = few_cuts(x.shape[0] * top_k, top_k, down.num_experts, gate_up, down)
     if cuts is None or gate_up.perm is not None or gate_up.num_experts > triton_few.MOST_LANES:
         chosen, weights, live, counts = route(logits, mask, top_k, norm)
         return experts(x, live, weights, counts, gate_up, down, layer), chosen, weights

@@ -22,7 +22,7 @@ from ferrum_kernels import triton
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import add_kernel, decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_flash import Cut, Refs, Statics
-from ferrum_kernels.triton_tiles import LITTLE_SHARED_MEMORY
+from ferrum_kernels.triton_tiles import little_memory
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -36,6 +36,17 @@ def takes(dtype: Any, head_dim: int) -> bool:
     (True, False, False)
     """
     return jnp.dtype(dtype) in DTYPES and head_dim in HEADS
+
+
+def reaches(codes: int) -> bool:
+    """Whether the kernels reach all int8 codes of a cache of so many keys' numbers.
+
+    The compiler's offsets have 32 bits up to 2**32 bytes, and half of that is negative.
+
+    >>> [reaches(codes) for codes in (2**31, 2**31 + 1, 2**32, 2**32 + 1)]
+    [True, False, False, True]
+    """
+    return not 2**31 < codes <= 2**32
 
 
 def attention(
@@ -205,20 +216,16 @@ def _check(
             f"the table is {list(table.shape)} of pages of {page} positions; it has {batch} rows, and a page is a "
             f"power of two from 16."
         )
-    if pools[0].dtype == jnp.int8 and 2**31 < pools[0].size <= 2**32:
+    if pools[0].dtype == jnp.int8 and not reaches(pools[0].size):
         raise ShapeError(
             f"keys in int8 take {pools[0].size / 2**30:.1f} GiB; between 2 and 4 GiB the compiler's offsets of 32 bits "
             f"do not reach. Make the cache smaller or larger, or use bfloat16."
         )
 
 
-def _little_memory() -> bool:
-    return str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY
-
-
 def _tile(s: Statics, most: int) -> int:
     """Positions of a tile: less of wide heads, and of any where shared memory is small."""
-    return max(16, min(most, most * 128 // s.head_dim) // (2 if _little_memory() else 1))
+    return max(16, min(most, most * 128 // s.head_dim) // (2 if little_memory() else 1))
 
 
 def decode_cut(s: Statics, batch: int) -> Cut:
@@ -233,7 +240,7 @@ def decode_cut(s: Statics, batch: int) -> Cut:
 
 def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
     """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
-    little = _little_memory()
+    little = little_memory()
     width = 64 if little else 256 if s.head_dim <= 128 else 128
     while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
         width //= 2

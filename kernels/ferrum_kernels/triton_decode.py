@@ -30,6 +30,51 @@ def side_by_side(planes: list[jax.Array]) -> jax.Array:
     return jnp.transpose(four, (0, 3, 2, 1)).reshape(n, 4 * PLANE)
 
 
+def span_of(bits: int, group: int, groups: int) -> int:
+    """Planes of a block that share a scale.
+
+    >>> span_of(4, 128, 16), span_of(4, 64, 32), span_of(8, 32, 64), span_of(4, 2048, 1)
+    (4, 2, 1, 4)
+    """
+    planes = 16 // bits
+    return next(p for p in (planes, planes // 2, 1) if groups == 1 or group % (p * PLANE) == 0)
+
+
+def multiply_block(
+    words: jax.Array,
+    zeros: list[jax.Array | None],
+    scales: list[jax.Array],
+    x: list[jax.Array],
+    total: jax.Array,
+    bits: int,
+    interpret: bool,
+) -> jax.Array:
+    """A sum and the product of one block of weights.
+
+    Args:
+      words: uint16 [n, 32].
+      zeros: uint8 [n] or None for each run of planes that share a scale.
+      scales: [n] for each of those runs; nothing where all blocks share one, which multiplies the sum at its end.
+      x: [rows, 32 * p] for each p planes, which are multiplied at once.
+      total: float32 [n, rows].
+      bits: 4 or 8.
+      interpret: use plain operations.
+
+    Returns:
+      float32 [n, rows].
+    """
+    planes = 16 // bits
+    span, wide = planes // len(zeros), planes // len(x)
+    for j in range(0, planes, span):
+        part: Any = None if scales else total
+        for i in range(j, j + span, wide):
+            plane = [decode(words, i + p, bits, zeros[j // span], x[0].dtype, interpret) for p in range(wide)]
+            d = dot(side_by_side(plane), x[i // wide], interpret)
+            part = d if part is None else part + d
+        total = total + part * scales[j // span].astype(jnp.float32)[:, None] if scales else part
+    return total
+
+
 def decode(words: jax.Array, j: int, bits: int, zero: jax.Array | None, dtype: Any, interpret: bool) -> jax.Array:
     """Plane j of containers [n, 32] as code - zero, exact in `dtype`.
 

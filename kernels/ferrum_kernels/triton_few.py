@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_decode import decode, dot, side_by_side
+from ferrum_kernels.triton_decode import multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
+from ferrum_kernels.triton_route import power
 
 MOST_LANES = 128  # experts whose ranks a program finds by comparing all pairs
 
@@ -45,11 +46,6 @@ class Cut:
     merge: bool = False
 
 
-def power(n: int) -> int:
-    """The power of two from n on."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Statics:
     cut: Cut
@@ -63,7 +59,6 @@ class _Statics:
     num_experts: int
     layered: bool
     columns: int
-    dtype: Any
     norm: bool
     interpret: bool
 
@@ -134,7 +129,6 @@ def gated(
         top_k=top_k,
         per_row=pairs // x.shape[0],
         columns=w.n_per_expert // 2,
-        dtype=jnp.dtype(x.dtype),
         norm=norm,
         interpret=interpret,
     )
@@ -251,7 +245,6 @@ def down(
         top_k=top_k,
         per_row=1,
         columns=w.words.shape[-2],
-        dtype=jnp.dtype(h.dtype),
         norm=False,
         interpret=interpret,
     )
@@ -324,7 +317,7 @@ def _sums(
     each = s.blocks // cut.splits  # blocks of a segment
     row = jnp.arange(rows, dtype=jnp.int32)
     block0 = row // cut.n % cut.splits * each
-    span = next(p for p in (planes, planes // 2, 1) if s.groups == 1 or s.group % (p * PLANE) == 0)
+    span = span_of(s.bits, s.group, s.groups)
     wide = span if cut.merge else 1
 
     column = jnp.arange(width, dtype=jnp.int32)
@@ -362,16 +355,6 @@ def _sums(
     def zeros(b: Any, start: int) -> list[jax.Array | None]:
         return [per_group(r["zeros"], b, j, start) if "zeros" in r else None for j in range(0, planes, span)]
 
-    def multiply(word: jax.Array, zero: Any, scale: Any, x: list[jax.Array], total: jax.Array) -> jax.Array:
-        for j in range(0, planes, span):
-            part: Any = total if s.groups == 1 else None
-            for i in range(j, j + span, wide):
-                floats = [decode(word, i + p, s.bits, zero[j // span], s.dtype, s.interpret) for p in range(wide)]
-                d = dot(side_by_side(floats), x[i // wide], s.interpret)
-                part = d if part is None else part + d
-            total = part if s.groups == 1 else total + part * scale[j // span].astype(jnp.float32)[:, None]
-        return total
-
     turns = range(cut.step)
 
     def body(i: Any, carry: Any) -> Any:
@@ -380,7 +363,10 @@ def _sums(
         loaded = [(inputs(b + u), [(words(b + u, at), zeros(b + u, at)) for at in starts]) for u in turns]
         after = [[scales(lax.min(b + cut.step + u, each - 1), at) for at in starts] for u in turns]
         for (x, ones), scale in zip(loaded, now, strict=True):
-            totals = [multiply(*one, sc, x, t) for one, sc, t in zip(ones, scale, totals, strict=True)]
+            totals = [
+                multiply_block(*one, sc, x, t, s.bits, s.interpret)
+                for one, sc, t in zip(ones, scale, totals, strict=True)
+            ]
         return totals, after
 
     totals = [jnp.zeros((rows, width), jnp.float32) for _ in starts]

@@ -31,7 +31,7 @@ class Cut:
       stages: tiles in flight.
       queries: tokens of a program.
       piece: positions of a row that one program takes, a multiple of the tile.
-      programs: most programs per key head; each takes every so-manieth piece.
+      programs: most programs per key head, which share the pieces of all rows.
     """
 
     tile: int = 64

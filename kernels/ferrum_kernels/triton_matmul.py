@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_decode import decode, dot, side_by_side
+from ferrum_kernels.triton_decode import multiply_block, span_of
+from ferrum_kernels.triton_route import power
 
 LEAST_ROWS = 8  # of a matrix instruction's right operand, as this backend builds it
 
@@ -117,7 +118,7 @@ def product(
         "zeros": w.zeros,
     }
     given = {name: array for name, array in named.items() if array is not None}
-    width = max(LEAST_ROWS, 1 << (rows.block - 1).bit_length())
+    width = max(LEAST_ROWS, power(rows.block))
     statics = _Statics(
         rows=dataclasses.replace(rows, experts=None, starts=None, counts=None, order=None),
         width=width,
@@ -131,7 +132,6 @@ def product(
         columns=columns,
         gated=gated,
         fill=fill,
-        dtype=jnp.dtype(x.dtype),
         interpret=interpret,
     )
     call = pl.pallas_call(
@@ -159,7 +159,6 @@ class _Statics:
     columns: int
     gated: bool
     fill: bool
-    dtype: Any
     interpret: bool
 
 
@@ -224,7 +223,7 @@ def _sums(
     place = (r["layer"][0], *place) if s.layered else place
     starts = [first, s.columns + first] if s.gated else [first]
     # Planes that share a scale, and of them as many as one product takes.
-    span = next(p for p in (planes, planes // 2, 1) if s.groups == 1 or s.group % (p * PLANE) == 0)
+    span = span_of(s.bits, s.group, s.groups)
     wide = span if s.tile.merge else 1
 
     def columns(ref: Any, group: Any, at: Any) -> jax.Array:
@@ -250,16 +249,6 @@ def _sums(
     def zeros(b: Any, at: Any) -> list[jax.Array | None]:
         return [columns(r["zeros"], group, at) if "zeros" in r else None for group in groups_of(b)]
 
-    def multiply(word: jax.Array, zero: Any, scale: Any, x: list[jax.Array], total: jax.Array) -> jax.Array:
-        for j in range(0, planes, span):
-            part: Any = total if s.groups == 1 else None
-            for i in range(j, j + span, wide):
-                floats = [decode(word, i + p, s.bits, zero[j // span], s.dtype, s.interpret) for p in range(wide)]
-                d = dot(side_by_side(floats), x[i // wide], s.interpret)
-                part = d if part is None else part + d
-            total = part if s.groups == 1 else total + part * scale[j // span].astype(jnp.float32)[:, None]
-        return total
-
     turns = range(s.tile.step)
 
     def body(i: Any, carry: Any) -> Any:
@@ -269,7 +258,10 @@ def _sums(
         # Scales come a turn ahead through registers: the compiler's own pipeline takes operands of products only.
         after = [[scales(lax.min(b + s.tile.step + u, s.blocks - 1), at) for at in starts] for u in turns]
         for (x, ones), scale in zip(loaded, now, strict=True):
-            totals = [multiply(*one, sc, x, t) for one, sc, t in zip(ones, scale, totals, strict=True)]
+            totals = [
+                multiply_block(*one, sc, x, t, s.bits, s.interpret)
+                for one, sc, t in zip(ones, scale, totals, strict=True)
+            ]
         return totals, after
 
     totals = [jnp.zeros((s.tile.n, s.width), jnp.float32) for _ in starts]

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.triton_route import power
+
 FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
 COLUMNS = 4  # experts of a program of that kernel
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -23,10 +25,6 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 def takes(x: jax.Array, *others: jax.Array) -> bool:
     """Whether these kernels take a stream and what is multiplied with it: 16-bit floats of one dtype, some tokens."""
     return x.dtype in DTYPES and x.size > 0 and all(other.dtype == x.dtype for other in others)
-
-
-def _power(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _stack(array: jax.Array, layer: Any, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +71,7 @@ def _norm_kernel(
     from jax.experimental import pallas as pl
 
     row = pl.program_id(0)
-    lane, here = _some(0, _power(d), d, interpret)
+    lane, here = _some(0, power(d), d, interpret)
     summed = _sum(x, y, row, lane, here)
     scale = lax.rsqrt(jnp.sum(summed * summed) / d + eps)
     w = _load(weight, (layer[0], lane), here)
@@ -120,7 +118,7 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
 
     x, y, weight, router, layer, total, normed, logits = refs
     first = pl.program_id(0)
-    lane, here = _some(0, _power(d), d, interpret)
+    lane, here = _some(0, power(d), d, interpret)
     column, real = _some(first * COLUMNS, COLUMNS, experts, interpret)
     at = jnp.broadcast_arrays(column[:, None], lane[None, :])
     matrix = _load(router, (layer[0], *at), real[:, None] & here[None, :])
@@ -162,7 +160,7 @@ def _route_kernel(rows: int, columns: int, interpret: bool, x: Any, router: Any,
     (tokens, d), experts = x.shape, router.shape[-2]
     row, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
     column, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
-    size = min(128, max(16, _power(d)))
+    size = min(128, max(16, power(d)))
     dtype = jnp.float32 if interpret else None
 
     def multiply(i: Any, sums: jax.Array) -> jax.Array:

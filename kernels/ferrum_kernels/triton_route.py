@@ -17,7 +17,12 @@ PROGRAMS = 128  # chunks that are enough to keep a GPU busy
 SUB = 64  # pairs, or blocks, that one step of a loop looks at
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
+    """The power of two from n on.
+
+    >>> [power(n) for n in (1, 2, 3, 60)]
+    [1, 2, 4, 64]
+    """
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -27,7 +32,7 @@ def chunk(tokens: int) -> int:
     >>> [chunk(t) for t in (1, 64, 4096)]
     [4, 4, 32]
     """
-    return min(32, max(4, _power(-(-tokens // PROGRAMS))))
+    return min(32, max(4, power(-(-tokens // PROGRAMS))))
 
 
 def chunks(tokens: int) -> int:
@@ -55,7 +60,7 @@ def route(
     from jax.experimental.pallas import triton as plgpu
 
     tokens, experts = logits.shape
-    lanes = max(16, _power(experts))
+    lanes = max(16, power(experts))
     pair = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
     given = (logits,) if mask is None else (logits, mask.astype(jnp.int32))
     rows = chunk(tokens)
@@ -120,7 +125,7 @@ def _route_kernel(experts: int, lanes: int, top_k: int, norm: bool, rows: int, m
 
 def count(live: jax.Array, experts: int) -> jax.Array:
     """Counts as `route` gives them, of experts chosen elsewhere: int32 [T, K], E and beyond or negative for nobody."""
-    lanes = max(16, _power(experts))
+    lanes = max(16, power(experts))
     tokens, top_k = live.shape
     padded = jnp.pad(live, ((0, -tokens % chunk(tokens)), (0, 0)), constant_values=-1)
     padded = padded.reshape(chunks(tokens), chunk(tokens) * top_k)
@@ -171,7 +176,7 @@ def _place_kernel(
     order, block_expert, block_start, block_count = out
     me, lanes, pairs = pl.program_id(0), counts.shape[1], live.shape[0]
     lane = jnp.arange(lanes, dtype=jnp.int32)
-    step = min(32, _power(parts))
+    step = min(32, power(parts))
 
     def add(i: Any, sums: Any) -> Any:
         chunk = i * step + jnp.arange(step, dtype=jnp.int32)
@@ -183,7 +188,7 @@ def _place_kernel(
     total, before = lax.fori_loop(0, -(-parts // step), add, (none, none))
     first = jnp.cumsum(total) - total
 
-    size = min(SUB, _power(mine))
+    size = min(SUB, power(mine))
 
     # Each pair's place: its expert's first, the pairs of earlier chunks and steps, and those before it in this step.
     def pairs_of(i: Any, base: jax.Array) -> jax.Array:

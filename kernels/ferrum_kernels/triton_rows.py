@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_decode import decode, dot
+from ferrum_kernels.triton_decode import multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
+from ferrum_kernels.triton_route import power
 
 MOST = 16  # rows
 SEGMENT = 4  # blocks of weights, about
 COLUMNS = 64  # of the matrix units' right operand
+MOST_SEGMENTS = 16  # more would need more registers and shared memory than a program has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +43,22 @@ class Cut:
     stages: int = 4
 
 
-def cut_for(rows: int, blocks: int) -> Cut:
+def cut_for(rows: int, blocks: int, little_memory: bool = False) -> Cut:
     """How a product is cut up: segments of about SEGMENT blocks, as many as COLUMNS has room for.
 
     Args:
       rows: of the activations.
       blocks: of the weight.
+      little_memory: a program has less than 100 KiB of shared memory.
 
     >>> cut_for(1, 32).splits, cut_for(16, 32).splits, cut_for(1, 12).splits
     (8, 4, 2)
     """
-    splits, padded = 1, 1 << (rows - 1).bit_length()
-    while blocks % (2 * splits) == 0 and blocks >= 2 * splits * SEGMENT and 2 * splits * padded <= COLUMNS:
+    splits, padded = 1, power(rows)
+    most = min(MOST_SEGMENTS, COLUMNS // padded)
+    while blocks % (2 * splits) == 0 and blocks >= 2 * splits * SEGMENT and 2 * splits <= most:
         splits *= 2
-    return Cut(splits=splits, warps=min(4, splits))
+    return Cut(splits=splits, warps=min(4, splits), stages=2 if little_memory else 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,6 @@ class _Statics:
     group: int
     groups: int
     blocks: int
-    dtype: Any
     interpret: bool
 
 
@@ -87,7 +90,7 @@ def product(x: jax.Array, w: TiledLinear, layer: Any, cut: Cut, out_dtype: Any, 
     from jax.experimental.pallas import triton as plgpu
 
     columns = w.words.shape[-2]
-    s = _Statics(cut, x.shape[0], w.bits, w.group_size, w.num_groups, w.num_blocks, jnp.dtype(x.dtype), interpret)
+    s = _Statics(cut, x.shape[0], w.bits, w.group_size, w.num_groups, w.num_blocks, interpret)
     stacks = {"words": w.words, "scales": w.scales, "zeros": w.zeros}
     if layer is None:
         stacks = {name: None if array is None else array[None] for name, array in stacks.items()}
@@ -109,13 +112,13 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
 
     r, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
     cut, planes = s.cut, 16 // s.bits
-    tokens = 1 << (s.tokens - 1).bit_length()
+    tokens = power(s.tokens)
     run, rows, width = planes * PLANE, cut.splits * cut.n, max(LEAST_ROWS, cut.splits * tokens)
     each = s.blocks // cut.splits  # blocks of a segment
     row, column = jnp.arange(rows, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
     block0, output = row // cut.n * each, pl.program_id(0) * cut.n + row % cut.n
     token, input0 = column // cut.splits, column % cut.splits * each * run
-    span = next(p for p in (planes, planes // 2, 1) if s.groups == 1 or s.group % (p * PLANE) == 0)
+    span = span_of(s.bits, s.group, s.groups)
     lane = jnp.arange(PLANE, dtype=jnp.int32)
     layer = r["layer"][0]
 
@@ -141,14 +144,7 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
         zero = [per_group(r["zeros"], b, j) if "zeros" in r else None for j in range(0, planes, span)]
         # A turn ahead, through registers: the compiler's own pipeline takes operands of products only.
         after = scales(lax.min(b + 1, each - 1))
-        for j in range(0, planes, span):
-            part: Any = total if s.groups == 1 else None
-            for i in range(j, j + span):
-                floats = decode(word, i, s.bits, zero[j // span], s.dtype, s.interpret)
-                d = dot(floats, x[i], s.interpret)
-                part = d if part is None else part + d
-            total = part if s.groups == 1 else total + part * scale[j // span].astype(jnp.float32)[:, None]
-        return total, after
+        return multiply_block(word, zero, scale, x, total, s.bits, s.interpret), after
 
     total, _ = lax.fori_loop(0, each, body, (jnp.zeros((rows, width), jnp.float32), scales(0)))
     if s.groups == 1:

@@ -13,10 +13,12 @@ import jax
 from ferrum_kernels.tiles import TiledLinear
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import Tile
+from ferrum_kernels.triton_route import power
 
 FOLDER = Path(__file__).parent / "tuned"
 # Devices whose programs may use less than 100 KiB of shared memory: fewer blocks in flight.
 LITTLE_SHARED_MEMORY = ("8.6", "8.7", "8.9", "12.0", "12.1")
+MOST_SEGMENTS = 32  # of a program of the down kernel for few tokens: more do not fit registers
 
 
 @functools.cache
@@ -32,6 +34,11 @@ def table(device_kind: str) -> dict[str, Any]:
     return json.loads(names[best].read_text(encoding="utf-8"))
 
 
+def little_memory() -> bool:
+    """Whether a program of the default device has little shared memory."""
+    return str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY
+
+
 def _row(name: str, load: float) -> dict[str, Any]:
     rows = table(jax.devices()[0].device_kind)[name]
     return next(row for row in rows if row["load"] is None or load <= row["load"])
@@ -39,16 +46,19 @@ def _row(name: str, load: float) -> dict[str, Any]:
 
 def _tile(numbers: list[int]) -> tuple[int, Tile]:
     block, n, warps, stages, step = numbers
-    if str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY:
+    if little_memory():
         stages, step = min(stages, 2), min(step, 2)
     return block, Tile(n, warps, stages, merge=n >= 64 and warps >= 4, step=step)
 
 
-def few_cuts(pairs: int, num_experts: int, gate_up: TiledLinear, down: TiledLinear) -> tuple[Cut, Cut] | None:
+def few_cuts(
+    pairs: int, top_k: int, num_experts: int, gate_up: TiledLinear, down: TiledLinear
+) -> tuple[Cut, Cut] | None:
     """Cuts of both kernels for few tokens; None where blocks of an expert's pairs are better or a width does not fit.
 
     Args:
       pairs: tokens times the experts of each.
+      top_k: experts of a token, which the down kernel adds up.
       num_experts: E.
       gate_up, down: the stacks.
     """
@@ -61,19 +71,19 @@ def few_cuts(pairs: int, num_experts: int, gate_up: TiledLinear, down: TiledLine
     row = next(row for row in few["cuts"] if row["outputs"] is None or pairs * features <= row["outputs"])
     return (
         _cut(row["up"], features, gate_up.num_blocks),
-        _cut(row["down"], down.words.shape[-2], down.num_blocks),
+        _cut(row["down"], down.words.shape[-2], down.num_blocks, power(top_k)),
     )
 
 
-def _cut(numbers: list[int], columns: int, blocks: int) -> Cut:
-    """A row's cut made to fit: the second number is the most blocks of a segment."""
+def _cut(numbers: list[int], columns: int, blocks: int, members: int = 1) -> Cut:
+    """A row's cut made to fit: the second number is the most blocks of a segment, of which each member has as many."""
     n, most, warps, stages, step = numbers
-    if str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY:
+    if little_memory():
         stages, step = min(stages, 2), 1
     while columns % n:
         n //= 2
     splits = 1
-    while blocks % (2 * splits) == 0 and blocks > most * splits:
+    while blocks % (2 * splits) == 0 and blocks > most * splits and 2 * splits * members <= MOST_SEGMENTS:
         splits *= 2
     step = max(step for step in range(1, step + 1) if blocks // splits % step == 0)
     return Cut(n, splits, warps, stages, step, merge=warps >= 4)

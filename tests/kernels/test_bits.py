@@ -111,3 +111,6 @@ def test_centred_codes_are_the_middle_on_average_and_otherwise_as_they_were(bits
     assert abs(after.mean() - 2 ** (bits - 1)) < 4 * after.std() / after.size**0.5
     assert abs(before.mean() - 2 ** (bits - 1)) > 0.4
     assert centred(words, 3) is words
+    halves = centred(jnp.asarray(words.view(np.uint16)), bits)  # as a GPU's tiles hold codes
+    assert halves.dtype == jnp.uint16
+    np.testing.assert_array_equal(np.asarray(halves).view(np.uint32), centred(words, bits))

@@ -227,9 +227,13 @@ def test_what_the_sanitizer_watches_is_right():
         for run, dialect, rows in ((small.product, small.DIALECTS[4], 5), (small.grouped, small.DIALECTS[0], 9)):
             assert run(rng, dialect, rows) <= small.LARGEST_ERROR
         assert small.layer(rng, small.DIALECTS[3], 3) <= small.LARGEST_ERROR
+        assert small.sums(rng, (), 3) <= small.LARGEST_ERROR
+        assert small.filters(rng, ("top-p",), 1) <= small.LARGEST_ERROR
+        for kind, tokens in ((small.CACHES[1], 5), (small.CACHES[2], 1)):
+            assert small.attention(rng, kind, tokens) <= small.LARGEST_ERROR
     kinds = {(dialect, run.__name__) for run, dialect, _ in small.cases()}
-    assert {dialect for dialect, _ in kinds} == set(small.DIALECTS)
-    assert {name for _, name in kinds} == {"product", "grouped", "layer"}
+    assert {dialect for dialect, name in kinds if name == "layer"} == set(small.DIALECTS)
+    assert {name for _, name in kinds} == {"product", "grouped", "layer", "sums", "filters", "attention"}
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="what is said without a GPU")

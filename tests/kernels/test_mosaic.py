@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,12 @@ def test_few_tokens_stay_with_triton():
 )
 def test_which_weights_are_taken(gate_up, down, dtype, taken):
     assert mosaic.takes(jnp.zeros((1, 2048), dtype), gate_up, down) is taken
+
+
+def test_rows_beyond_the_reach_of_offsets_are_not_taken():
+    for tokens, taken in ((2**20 - 1, True), (2**20, False)):
+        x: Any = STRUCT((tokens, 2048), jnp.bfloat16)
+        assert mosaic.takes(x, stack(2048, 1536), stack(768, 2048)) is taken
 
 
 def test_a_layer_that_is_not_taken_runs_on_triton():

@@ -14,13 +14,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferrum_kernels import MixedStack, dispatch, from_blocks, gptq_matmul, grouped_gptq_matmul, tile, to_blocks, triton
+from ferrum_kernels import (
+    MixedStack,
+    PackedLinear,
+    dispatch,
+    from_blocks,
+    gptq_matmul,
+    grouped_gptq_matmul,
+    tile,
+    to_blocks,
+    triton,
+)
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_few import down as down_of_few
 from ferrum_kernels.triton_matmul import Rows, Tile, product
 from ferrum_kernels.triton_route import chunks, place
+from ferrum_kernels.triton_rows import cut_for
+from ferrum_kernels.triton_tiles import few_cuts
 from tests.support.gptq_cases import make_linear, make_stack
 from tests.support.triton_cases import expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
 
@@ -64,6 +76,35 @@ def test_a_product_of_any_dialect(sizes, dtype, rows, layered):
     rounded = gptq_matmul(x, tiled, layer=layer, implementation="triton")
     assert rounded.dtype == dtype
     assert relative(rounded, expected) < ONE_ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "group_size", "sym"), [(1, 4, 128, True), (5, 8, 32, False), (16, 4, -1, True)]
+)
+def test_few_rows_in_several_segments(rows, bits, group_size, sym):
+    w, dense = make_linear(0, k=1024, n=27, bits=bits, group_size=group_size, sym=sym)
+    assert cut_for(rows, tile(w).num_blocks).splits > 1
+    x = jnp.asarray(normal(rows, rows, 1024), jnp.bfloat16)
+    y = gptq_matmul(x, tile(w), implementation="triton", out_dtype=jnp.float32)
+    assert relative(y, np.asarray(x, np.float64) @ dense) < 1e-5
+
+
+def test_segments_are_no_more_than_a_program_has_room_for():
+    """32768 inputs in 64 segments would need more shared memory than an H100 has."""
+    assert (cut_for(1, 256).splits, cut_for(4, 256).splits, cut_for(16, 256).splits) == (16, 16, 4)
+    assert cut_for(1, 256, little_memory=True).stages < cut_for(1, 256).stages
+    stacks = {}
+    for name, (k, n) in {"gate_up": (2048, 2048), "down": (1024, 2048)}.items():
+        empty = PackedLinear(
+            jax.ShapeDtypeStruct((64, k // 4, n), jnp.uint32),
+            jax.ShapeDtypeStruct((64, k // 128, n), jnp.float16),
+            bits=8,
+            group_size=128,
+            shape=(k, n),
+        )
+        stacks[name] = jax.eval_shape(tile, empty)
+    splits = [cuts[1].splits for top_k in (2, 6, 8) if (cuts := few_cuts(6, top_k, 64, **stacks))]
+    assert splits == [8, 4, 4]  # times two, eight and eight experts, the last a power of two from six
 
 
 def test_a_bias_is_added():
@@ -125,7 +166,7 @@ def layer_of(case: int):
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
-@pytest.mark.parametrize("tokens", [1, 3, 40])  # one block per pair, small blocks, several blocks per expert
+@pytest.mark.parametrize("tokens", [1, 3, 40])  # few tokens, then small blocks, several blocks per expert
 def test_an_expert_layer(case, tokens):
     gate_up, down, dense_up, dense_down = layer_of(case)
     rng = np.random.default_rng(tokens)
@@ -269,6 +310,17 @@ def test_a_weight_that_is_not_taken_is_named(sizes, message):
     w, _ = make_linear(0, k=64, n=32, **sizes)
     with pytest.raises(BackendError, match=message):
         gptq_matmul(jnp.ones((1, 64), jnp.bfloat16), w, implementation="triton")
+
+
+def test_zero_points_that_offsets_of_32_bits_do_not_reach_are_refused():
+    w = tile(make_linear(0, k=64, n=64, group_size=32, sym=False)[0])
+    for layers, refused in ((2**23, False), (2**24 + 1, True), (2**25, True), (2**25 + 1, False)):
+        stack = dataclasses.replace(w, zeros=jax.ShapeDtypeStruct((layers, 2, 64), jnp.uint8))
+        message = triton.refuses(stack)
+        assert (message is not None) == refused
+    stack = dataclasses.replace(w, zeros=jax.ShapeDtypeStruct((2**25, 2, 64), jnp.uint8))
+    with pytest.raises(BackendError, match=r"this stack has 4\.0 GiB of zero points; between 2 and 4 GiB the compiler"):
+        triton.check(stack)
 
 
 def test_gradients_are_those_of_the_dense_product():

@@ -76,7 +76,7 @@ def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
     cut = triton_attention.prefill_cut
     monkeypatch.setattr(triton_attention, "prefill_cut", lambda *a: cuts.append(cut(*a)) or cuts[-1])
     for little in (False, True):
-        monkeypatch.setattr(triton_attention, "_little_memory", lambda little=little: little)
+        monkeypatch.setattr(triton_attention, "little_memory", lambda little=little: little)
         check(CASES["many with a window"], triton_attention.attention)
     assert cuts[1].tile < cuts[0].tile and cuts[1].stages < cuts[0].stages
 

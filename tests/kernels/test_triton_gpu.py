@@ -233,7 +233,7 @@ def test_sums_norms_and_router_logits(tokens):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 16])
-@pytest.mark.parametrize(("k", "n"), [(2048, 5120), (4096, 2048), (768, 320)])
+@pytest.mark.parametrize(("k", "n"), [(2048, 5120), (4096, 2048), (768, 320), (32_768, 64)])
 def test_products_of_few_rows(rows, k, n):
     w, dense = make_linear(3, k=k, n=n, bits=4, group_size=128, sym=True)
     tiled = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), tile(w))

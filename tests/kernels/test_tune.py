@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 from ferrum_kernels import triton_tiles
 from ferrum_kernels.triton_tiles import fit
+from tests.conftest import ROOT
 from tests.support.bench_scripts import script
 from tests.support.triton_cases import ignore_deprecation
 
@@ -63,6 +66,26 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
     assert again.results == {CASES[0].key: 1.5, CASES[1].key: "XlaRuntimeError: too much shared memory"}
     assert tune.left(CASES[:3], again) == [CASES[2]]
     assert tune.left(CASES[:3], tune.Log(path, "other kernels")) == CASES[:3]
+
+
+def test_results_are_of_all_sources_of_the_kernels(tmp_path, monkeypatch):
+    needed, left = set(), [(ROOT / "kernels" / "bench" / "tune_device.py").read_text()]
+    while left:
+        found = {
+            name for line in left.pop().splitlines() if "import" in line for name in re.findall(r"triton_(\w+)", line)
+        }
+        left += [(tune.KERNELS / f"triton_{name}.py").read_text() for name in found - needed]
+        needed |= found
+    assert set(tune.SOURCES) == needed
+    names = {tune.source_of_kernels()}
+    shutil.copytree(tune.KERNELS, tmp_path / "copy", ignore=shutil.ignore_patterns("*.so", "native", "__pycache__"))
+    monkeypatch.setattr(tune, "KERNELS", tmp_path / "copy")
+    assert tune.source_of_kernels() in names
+    for name in tune.SOURCES:
+        with (tmp_path / "copy" / f"triton_{name}.py").open("a") as file:
+            file.write("# changed\n")
+        names.add(tune.source_of_kernels())
+    assert len(names) == 1 + len(tune.SOURCES)
 
 
 def test_a_run_measures_what_is_left_and_stops_in_time(tmp_path):
@@ -245,3 +268,12 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert table["rows"] == [{"load": None, "tile": [8, 16, 1, 3, 1], "microseconds": [12.1, 12.1, 12.1]}]
     assert tune.main([*arguments, "--dry-run"]) == 0
     assert " 0 without a result" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the Triton kernels need jax 0.10.2")
+def test_the_compiler_is_told_before_the_device_is_asked_for(tmp_path, monkeypatch):
+    """XLA reads its flags once, when a backend starts."""
+    devices, flags = jax.devices, []
+    monkeypatch.setattr(jax, "devices", lambda: flags.append(os.environ["XLA_FLAGS"]) or devices())
+    assert tune.main(["--dry-run", "--near", "--rows", "", "--log", str(tmp_path / "log.jsonl")]) == 0
+    assert flags and all("--xla_gpu_command_buffer_scheduling_mode=SERIALIZE" in found for found in flags)
