@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ferrum_jax.sampling_stages import keep_top_k, keep_top_p
-from ferrum_kernels import triton
+from ferrum_kernels import triton, triton_cut
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda, normal
 
 pytestmark = [
@@ -66,8 +68,8 @@ def test_a_row_stays_the_same_in_any_batch(logits):
     np.testing.assert_array_equal(together[4:5], alone)
 
 
-def test_lowers_for_cuda(monkeypatch):
-    monkeypatch.setattr("ferrum_kernels.triton.unavailable", lambda: None)
-    for filtered, limit in ((keep_top_k, jnp.ones(2, jnp.int32)), (keep_top_p, jnp.ones(2))):
-        text = lower_for_cuda(filtered, jnp.zeros((2, 151_936)), limit)
-        assert text.count("stablehlo.custom_call") == 10
+@pytest.mark.parametrize("likely", [False, True])
+def test_lowers_for_cuda(likely):
+    keep = functools.partial(triton_cut.keep_best, likely=likely, interpret=False)
+    text = lower_for_cuda(keep, jnp.zeros((2, 151_936)), jnp.ones(2))
+    assert text.count("stablehlo.custom_call") == 10
