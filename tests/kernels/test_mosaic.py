@@ -67,6 +67,7 @@ def test_rows_beyond_the_reach_of_offsets_are_not_taken():
         assert mosaic.takes(x, stack(2048, 1536), stack(768, 2048)) is taken
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the Triton kernels need jax 0.10.2")
 def test_a_layer_that_is_not_taken_runs_on_triton():
     up, down = (tile(make_stack(1, 4, k=k, n=128, group_size=32)[0]) for k in (128, 64))
     logits = jnp.array([[3.0, 1, 2, 0], [0, 2, 1, 3]])
