@@ -45,9 +45,10 @@ def unavailable() -> str | None:
 def check(*weights: Any) -> None:
     """Raise BackendError where the kernels cannot run or neither GPU backend takes a weight."""
     if problem := unavailable():
+        others = '"xla"' if triton.unavailable() else '"triton" or "xla"'
         raise BackendError(
             f'implementation="{NAME}" cannot run: {problem}. Leave implementation out for the best one here, or use '
-            f'"triton" or "xla".'
+            f"{others}."
         )
     for w in weights:
         if problem := triton.refuses(w):

@@ -80,7 +80,7 @@ def test_a_layer_that_is_not_taken_runs_on_triton():
 def test_a_device_without_them_is_told_what_to_do():
     message = (
         r'implementation="mosaic" cannot run: it needs an NVIDIA GPU; the default device is .*\. Leave '
-        r'implementation out for the best one here, or use "triton" or "xla"\.'
+        r'implementation out for the best one here, or use "xla"\.'
     )
     w = tile(make_stack(1, 1, k=32, n=64, group_size=32)[0])
     w = jax.tree.map(lambda a: a[0], w)
