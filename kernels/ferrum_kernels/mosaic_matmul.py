@@ -81,7 +81,7 @@ def product(
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    n, programs = w.words.shape[-2], _multiprocessors()
+    n, programs = w.words.shape[-2], multiprocessors()
     out_columns = n // 2 if gated else n
     statics = _Statics(ring, pairs_per_row, by_pair, gated, w.num_experts, w.num_blocks, out_columns, programs)
     base = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,)) * w.num_experts
@@ -111,7 +111,8 @@ def product(
     return call(x, words, scales, rows.experts, rows.starts, rows.counts, rows.order, base)
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
+    """Of the GPU, each of which runs one program."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "num_cores", None) or jax.devices()[0].core_count
 

@@ -19,7 +19,7 @@ pytestmark = [
     ignore_deprecation,
     pytest.mark.skipif(mosaic.unavailable() is not None, reason="not a Hopper GPU"),
 ]
-TWO_ROUNDINGS = 2.9e-3
+ONE_ROUNDING, TWO_ROUNDINGS = 2e-3, 2.9e-3
 E, K, WIDTH, FEATURES = 16, 4, 512, 256
 SMALL = Ring((16, 32, 48, 64), stages=6)
 NARROW = Ring((32, 64, 96, 128), parts=1)
@@ -57,6 +57,22 @@ def test_a_layer(tokens, load, ring):
     assert relative(np.asarray(y)[some], expected) < TWO_ROUNDINGS
     assert np.isfinite(np.asarray(y, np.float32)).all()
     assert (run(x, logits, mask, stacks, ring)[2] == y).all()
+
+
+@pytest.mark.parametrize("ring", mosaic.MATRIX_RINGS)
+@pytest.mark.parametrize("rows", [256, 300, 1025])
+def test_one_matrix(rows, ring, monkeypatch):
+    (_, down), _, dense = layer()
+    dense = dense[0]
+    w = jax.tree.map(lambda a: a[:, 0], down)
+    poisoned = type(w)(w.words, w.scales.at[0].set(jnp.nan), group_size=128, shape=w.shape)
+    monkeypatch.setattr(mosaic, "MATRIX_RINGS", (ring,))
+    x = jnp.asarray(np.random.default_rng().standard_normal((rows, FEATURES)), jnp.bfloat16)
+    jax.block_until_ready(jnp.full((rows, WIDTH), jnp.nan, jnp.bfloat16)).delete()
+    multiply = jax.jit(lambda x, w, layer: mosaic.gptq_matmul(x, w, layer, jnp.bfloat16))
+    y = multiply(x, poisoned, 1)
+    assert relative(y, np.asarray(x, np.float64) @ dense) < ONE_ROUNDING
+    assert (multiply(x, poisoned, 1) == y).all()
 
 
 def test_scales_of_any_size():
