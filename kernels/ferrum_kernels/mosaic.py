@@ -188,6 +188,7 @@ def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax
     ring = matrix_ring(rows, outputs, multiprocessors())
     starts = jnp.arange(0, rows, ring.block, dtype=jnp.int32)
     table = Rows(ring.block, jnp.zeros_like(starts), starts, jnp.minimum(rows - starts, ring.block), order=starts)
+    x = jnp.pad(x, ((0, -rows % 8), (0, 0)))  # shared memory holds them by eight
     # The matrix is the only expert of its layer.
     words, scales = (a[None] if layer is None else a[:, None] for a in (w.words, w.scales))
     one = dataclasses.replace(w, words=words, scales=scales)
