@@ -183,7 +183,7 @@ class _Batch:
         programs = steps_for(cfg).of(params, plan)
         compiled_before = programs.compile_seconds()
 
-        widest = self.buckets.prefill[-1]
+        widest = self.buckets.widest(batch)
         check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))))
         state = init_sampler(requests, cfg.vocab_size, prompts, plan)
         cache = init_cache(cfg, batch, slots)
