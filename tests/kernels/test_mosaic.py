@@ -120,12 +120,12 @@ def test_a_product_of_many_rows_lowers_for_cuda():
         text = lower_for_cuda(lambda x, w: mosaic.gptq_matmul(x, w, 1, jnp.dtype(dtype)), x, one)
         return re.findall(r"gptq_product_mosaic_gpu", text)
 
-    assert kernels(300, "bfloat16")
-    assert not kernels(300, "float32")
-    assert not kernels(255, "bfloat16")
+    assert kernels(513, "bfloat16")
+    assert not kernels(513, "float32")
+    assert not kernels(511, "bfloat16")
 
 
 def test_a_matrix_is_cut_for_all_multiprocessors():
-    for outputs, tiles in ((5120, 20 * 4), (2048, 16 * 8)):
-        ring = mosaic.matrix_ring(512, outputs, 132)
-        assert -(-512 // ring.block) * (outputs // ring.outputs) == tiles
+    for rows, outputs, tiles in ((512, 5120, 20 * 4), (1024, 5120, 40 * 8), (1024, 2048, 16 * 8), (4096, 2048, 8 * 32)):
+        ring = mosaic.matrix_ring(rows, outputs, 132)
+        assert -(-rows // ring.block) * (outputs // ring.outputs) == tiles
