@@ -1,4 +1,4 @@
-"""The Mosaic GPU backend of Pallas: expert layers of many tokens on Hopper GPUs (compute capability 9.0).
+"""The Mosaic GPU backend of Pallas: expert layers of more than two pairs per expert on Hopper GPUs (capability 9.0).
 
 The name stands for both GPU backends: a layer goes to these kernels where they take its weights and were measured to
 be faster, and to the Triton kernels otherwise, as do products with one matrix.
