@@ -183,9 +183,8 @@ class _Batch:
         programs = steps_for(cfg).of(params, plan)
         compiled_before = programs.compile_seconds()
 
-        widest = self.buckets.prefill[-1]
+        widest = self.buckets.widest(batch)
         check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))))
-        state = init_sampler(requests, cfg.vocab_size, prompts, plan)
         cache = init_cache(cfg, batch, slots)
         logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -201,6 +200,8 @@ class _Batch:
                 (batch, width, slots), params=params, tokens=tokens, lengths=count, cache=cache, logits=logits
             )
             start += width
+        # Made while a device that runs beside the host reads the prompts.
+        state = init_sampler(requests, cfg.vocab_size, prompts, plan)
         sampled, state = programs.sample((batch,), logits=logits, state=state)
 
         answers = [Answer(self.model, *request) for request in zip(self.requests, self.limits, strict=True)]

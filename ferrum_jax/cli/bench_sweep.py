@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ferrum_jax.generation import Stats
     from ferrum_jax.sampling import SamplingParams
 
-FILL_TOKENS = 2**14  # tokens of all rows together that one step reads while caches are filled
 LATEST = 16  # tokens of each row that experts are counted over
 SLOTS = 128  # caches are a multiple of this
 TOGETHER = 0.25  # of the mean gap; tokens that arrive closer to each other come from one dispatch
@@ -117,9 +116,7 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
 
     start = context - options.new_tokens // 2
     slots = min(-(-(start + options.new_tokens) // SLOTS) * SLOTS, model.cfg.max_position)
-    pieces = Buckets().prefill
-    most = max(pieces[0], FILL_TOKENS // batch)
-    width = Buckets().fit("prefill", min(start, max(size for size in pieces if size <= most)))
+    width = Buckets().fit("prefill", min(start, Buckets().widest(batch)))
     buckets = Buckets(batch=(batch,), prefill=(width,), cache=(slots,))
     needed = _check_cache(model, batch, slots)
     # Short prompts, but as many steps: how many one dispatch takes may depend on their time.

@@ -184,7 +184,7 @@ def gptq_matmul(
         if name in cpu.NAMES and rows.shape[0]:
             return _cpu_matmul(rows, w, layer, cpu.int8(name, x.dtype), dtype)
         if name in mosaic.NAMES and rows.shape[0]:
-            return _triton_matmul(rows, w, layer, dtype)
+            return _gpu_matmul(mosaic if name == mosaic.NAME else triton, rows, w, layer, dtype)
         one = _one(w, layer)
         one = untile(one) if isinstance(one, TiledLinear) else one
         if name == "reference":
@@ -207,9 +207,9 @@ def _cpu_matmul(x: jax.Array, w: Any, layer: Any, rounded: bool, dtype: Any) -> 
     return _kernel_matmul(lambda x, w, i, out: cpu.gptq_matmul(x, w, i, rounded, out), x, w, layer, dtype)
 
 
-def _triton_matmul(x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:
+def _gpu_matmul(backend: Any, x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:
     triton.check_dtype(x)
-    return _kernel_matmul(triton.gptq_matmul, x, w, layer, dtype)
+    return _kernel_matmul(backend.gptq_matmul, x, w, layer, dtype)
 
 
 def _kernel_matmul(kernel: Callable[..., jax.Array], x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:

@@ -137,3 +137,24 @@ def test_other_cards_and_versions_are_told_apart(monkeypatch, capability, versio
     monkeypatch.setattr(jax, "devices", lambda: [Card(capability)])
     monkeypatch.setattr(jax, "__version_info__", version)
     assert mosaic.unavailable() == problem
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
+def test_a_product_of_many_rows_lowers_for_cuda():
+    w = STRUCT((2, 16, 512, 32), jnp.uint16), STRUCT((2, 16, 512), jnp.float16)
+    one = TiledLinear(*w, group_size=128, shape=(2048, 512))
+
+    def kernels(rows: int, dtype: str) -> list[str]:
+        x = STRUCT((rows, 2048), jnp.bfloat16)
+        text = lower_for_cuda(lambda x, w: mosaic.gptq_matmul(x, w, 1, jnp.dtype(dtype)), x, one)
+        return re.findall(r"gptq_product_mosaic_gpu", text)
+
+    assert kernels(513, "bfloat16")
+    assert not kernels(513, "float32")
+    assert not kernels(511, "bfloat16")
+
+
+def test_a_matrix_is_cut_for_all_multiprocessors():
+    for rows, outputs, tiles in ((512, 5120, 20 * 4), (1024, 5120, 40 * 8), (1024, 2048, 16 * 8), (4096, 2048, 8 * 32)):
+        ring = mosaic.matrix_ring(rows, outputs, 132)
+        assert -(-rows // ring.block) * (outputs // ring.outputs) == tiles
