@@ -40,8 +40,9 @@ def default_implementation(platform: str | None = None) -> str:
       platform: a JAX platform name; None means the default device's.
 
     Returns:
-      "cpu" where its kernels were built, else "xla"; "triton" on NVIDIA GPUs; "apple" on Apple's plugins. A weight that
-      the CPU kernels do not take (2 or 3 bits) goes to "xla" all the same; one that the GPU kernels do not take raises.
+      "cpu" where its kernels were built, else "xla"; "mosaic" on Hopper GPUs with jax 0.11 or later, "triton" on other
+      NVIDIA GPUs; "apple" on Apple's plugins. A weight that the CPU kernels do not take (2 or 3 bits) goes to "xla" all
+      the same; one that the GPU kernels do not take raises.
 
     Raises:
       BackendError: no kernel of this package is made for the platform.
@@ -57,6 +58,8 @@ def default_implementation(platform: str | None = None) -> str:
             f'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU.'
         )
     best = _BEST[platform.lower()]
+    if best == triton.NAME and mosaic.unavailable() is None:
+        return mosaic.NAME
     return "xla" if best == "cpu" and unavailable() else best
 
 

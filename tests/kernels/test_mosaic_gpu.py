@@ -19,10 +19,14 @@ pytestmark = [
     ignore_deprecation,
     pytest.mark.skipif(mosaic.unavailable() is not None, reason="not a Hopper GPU"),
 ]
-ONE_ROUNDING, TWO_ROUNDINGS = 2e-3, 2.9e-3
+# silu(gate) * up, each pair's output and their sum are rounded to bfloat16, 1.66e-3 each: 2.87e-3 for all three, which
+# scatters with the few numbers that are compared.
+ONE_ROUNDING, THREE_ROUNDINGS = 2e-3, 3.3e-3
 E, K, WIDTH, FEATURES = 16, 4, 512, 256
 SMALL = Ring((16, 32, 48, 64), stages=6)
 NARROW = Ring((32, 64, 96, 128), parts=1)
+FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
+DEEP = Ring((8, 24), stages=9)
 
 
 @functools.cache
@@ -38,7 +42,10 @@ def run(x, logits, mask, stacks, ring):
     return live, weights, mosaic.run_experts(x, live, weights, counts, stacks[0], stacks[1], 1, ring, ring)
 
 
-@pytest.mark.parametrize(("tokens", "ring"), [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring())])
+@pytest.mark.parametrize(
+    ("tokens", "ring"),
+    [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring()), (7, FEW), (77, FEW), (77, DEEP)],
+)
 @pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked"])
 def test_a_layer(tokens, load, ring):
     stacks, dense_up, dense_down = layer()
@@ -54,7 +61,7 @@ def test_a_layer(tokens, load, ring):
     some = np.random.default_rng(0).permutation(tokens)[:40]
     picked = np.asarray(x)[some], np.asarray(live)[some], np.asarray(weights)[some]
     expected = expert_layer(*picked, dense_up, dense_down)
-    assert relative(np.asarray(y)[some], expected) < TWO_ROUNDINGS
+    assert relative(np.asarray(y)[some], expected) < THREE_ROUNDINGS
     assert np.isfinite(np.asarray(y, np.float32)).all()
     assert (run(x, logits, mask, stacks, ring)[2] == y).all()
 
@@ -89,4 +96,4 @@ def test_scales_of_any_size():
     weights = jnp.full((64, K), 1 / K, jnp.float32)
     got = mosaic.run_experts(x, live, weights, None, up, down, None, Ring(), Ring())
     expected = triton.experts(x, live, weights, None, up, down, None)
-    assert relative(got, np.asarray(expected, np.float64)) < TWO_ROUNDINGS
+    assert relative(got, np.asarray(expected, np.float64)) < THREE_ROUNDINGS
