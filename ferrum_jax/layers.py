@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import default_implementation, gptq_matmul, is_weight
-from ferrum_kernels import cpu, mosaic, triton, triton_norm
+from ferrum_kernels import cpu, mosaic, triton, triton_norm, triton_parts
 from ferrum_kernels.contract import einsum
 from ferrum_kernels.derivatives import differentiable
 
@@ -45,7 +45,7 @@ def add_norm(
 
     Args:
       x: the residual stream [..., D].
-      y: what a branch adds to it.
+      y: what a branch adds to it, or parts of that from `linear_parts`.
       weight: [D]; a stack [L, D] of them when `layer` is given.
       cfg: its rms_norm_eps; its `implementation` chooses the kernel.
       layer: index into the stack.
@@ -56,19 +56,33 @@ def add_norm(
 
     def specified(activations: tuple, layer: Any) -> tuple[jax.Array, jax.Array]:
         x, y, weight = activations
-        total = x + y
+        total = added(x, y)
         return total, rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps)
 
     def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight = activations
-        stream, branch = (a.reshape(-1, a.shape[-1]) for a in (x, y))
-        out = triton_norm.add_norm(stream, branch, weight, layer, cfg.rms_norm_eps, triton.is_interpreted())
+        out = triton_norm.add_norm(*folded(x, y), weight, layer, cfg.rms_norm_eps, triton.is_interpreted())
         return tuple(a.reshape(x.shape) for a in out)
 
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
-    if uses_triton(cfg) and triton_norm.takes(x, y, weight):
+    if uses_triton(cfg) and triton_norm.takes(x, weight) and (y.ndim > x.ndim or y.dtype == x.dtype):
         return differentiable(kernel, specified)((x, y, weight), index)
     return specified((x, y, weight), index)
+
+
+def added(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y in x.dtype, where y [parts, *x.shape] may be parts of a sum.
+
+    >>> added(jnp.ones((1, 2)), jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])).tolist()
+    [[5.0, 7.0]]
+    """
+    return x + y if y.ndim == x.ndim else (x.astype(jnp.float32) + jnp.sum(y, axis=0)).astype(x.dtype)
+
+
+def folded(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A residual stream [..., D] and what is added to it as rows: [T, D], and [T, D] or [parts, T, D]."""
+    lead = y.shape[: y.ndim - x.ndim]
+    return x.reshape(-1, x.shape[-1]), y.reshape(*lead, -1, y.shape[-1])
 
 
 def at_layer(stack: jax.Array, layer: Any) -> jax.Array:
@@ -109,6 +123,22 @@ def linear(
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(out_dtype or x.dtype)
+
+
+def linear_parts(
+    x: jax.Array, weight: Any, cfg: ModelConfig, bias: jax.Array | None = None, layer: jax.Array | int | None = None
+) -> jax.Array:
+    """`linear` for `add_norm` to read: where kernels are faster so, float32 parts [parts, ..., N] of the product.
+
+    Args:
+      x, weight, cfg, bias, layer: as in `linear`.
+
+    Returns:
+      [..., N], or parts of it to be added up.
+    """
+    if bias is None and uses_triton(cfg) and triton_parts.count(x, weight) > 1:
+        return triton_parts.product(x, weight, layer)
+    return linear(x, weight, cfg, bias, layer=layer)
 
 
 def _plain_product(x: jax.Array, weight: jax.Array, cfg: ModelConfig, layer: Any) -> jax.Array:

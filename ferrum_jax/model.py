@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, RequestError, ShapeError
-from ferrum_jax.layers import add_norm, attention, implementation_of, linear, rms_norm, uses_cpu_kernels
+from ferrum_jax.layers import add_norm, attention, implementation_of, linear, linear_parts, rms_norm, uses_cpu_kernels
 from ferrum_jax.moe import Routing
 from ferrum_jax.paged import Cache, PagedCache, put, room, rows
 from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
@@ -217,8 +217,9 @@ def _attend_on_triton(
         place = (cache.k, cache.v), at.layer, start, count, at.window, table, scales
         rest: tuple[Any, ...] = (norms, cfg.rms_norm_eps, cosine, sine, *place)
         if "qkv" in p:
-            qkv = linear(x, p["qkv"], cfg, p.get("qkv_bias"), layer=at.index)
-            y, pools, scales = triton_attention.attention_fused(qkv, *rest, norm_layer=at.index)
+            product = linear_parts if x.shape[1] == 1 else linear
+            qkv = product(x, p["qkv"], cfg, p.get("qkv_bias"), layer=at.index)
+            y, pools, scales = triton_attention.attention_fused(qkv, *rest, norm_layer=at.index, dtype=x.dtype)
         else:
             q, k, v = _project(p, x, at, cfg)
             y, pools, scales = triton_attention.attention(q, k, v, *rest, norm_layer=at.index)

@@ -20,7 +20,9 @@ from ferrum_jax.kernels import (
 )
 from ferrum_jax.layers import (
     add_norm,
+    added,
     at_layer,
+    folded,
     implementation_of,
     linear,
     rms_norm,
@@ -163,7 +165,7 @@ def add_norm_route(
 
     Args:
       x: the residual stream.
-      y: what a branch adds to it.
+      y: what a branch adds to it, or parts of that from `layers.linear_parts`.
       weight: of the norm, a stack [L, D].
       router: of `router_rows`.
       cfg: its rms_norm_eps and implementation.
@@ -177,16 +179,15 @@ def add_norm_route(
 
     def specified(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
-        total = x + y
+        total = added(x, y)
         norm = rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps)
         matrix = jnp.swapaxes(at_layer(router, layer), 0, 1)
         return total, norm, linear(norm.astype(jnp.float32), matrix, dataclasses.replace(cfg, implementation="xla"))
 
     def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
-        stream, branch = (a.reshape(-1, a.shape[-1]) for a in (x, y))
         out = triton_norm.add_norm_route(
-            stream, branch, weight, router, layer, cfg.rms_norm_eps, triton.is_interpreted()
+            *folded(x, y), weight, router, layer, cfg.rms_norm_eps, triton.is_interpreted()
         )
         return tuple(a.reshape(*x.shape[:-1], -1) for a in out)
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import MixedStack, is_weight
-from ferrum_jax.layers import add_norm, linear, mlp, uses_triton
+from ferrum_jax.layers import add_norm, linear_parts, mlp, uses_triton
 from ferrum_jax.moe import add_norm_route, moe_layer, router_rows
 
 Params = dict[str, Any]
@@ -79,7 +79,8 @@ def run_layers(
             with jax.named_scope("attention"):
                 x, h = add_norm(x, y, run["input_norm"], cfg, index)
                 y, state = attend(p["attn"], h, state, at)
-                y = linear(y.reshape(*x.shape[:2], -1), p["attn"]["o"], cfg, p["attn"].get("o_bias"), layer=index)
+                y = y.reshape(*x.shape[:2], -1)
+                y = linear_parts(y, p["attn"]["o"], cfg, p["attn"].get("o_bias"), layer=index)
             routing = None
             if "moe" in p:
                 with jax.named_scope("moe"):

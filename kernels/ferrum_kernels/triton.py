@@ -123,15 +123,21 @@ def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax
     """
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
     m = x.shape[0]
-    if w.perm is not None:
-        x = jnp.take(x, w.perm if index is None else w.perm[index], axis=-1)
+    x = padded(in_order(x, w, index), w)
     if m <= triton_rows.MOST:
-        cut = triton_rows.cut_for(m, w.num_blocks, little_memory())
-        return triton_rows.product(padded(x, w), w, index, cut, out_dtype, _interpret.get())[:, : w.n_per_expert]
+        cut = triton_rows.cut_for(m, w.words.shape[-2], w.num_blocks, little_memory())
+        return triton_rows.product(x, w, index, cut, out_dtype, _interpret.get())[:, : w.n_per_expert]
     block, tile = row_tile(m)
     tile = fit(tile, w.words.shape[-2], w.num_blocks)
-    y = product(padded(x, w), w, index, Rows(block), -(-m // block), m, tile, out_dtype, interpret=_interpret.get())
+    y = product(x, w, index, Rows(block), -(-m // block), m, tile, out_dtype, interpret=_interpret.get())
     return y[:, : w.n_per_expert]
+
+
+def in_order(x: jax.Array, w: TiledLinear, layer: Any) -> jax.Array:
+    """Inputs [M, K] in the order of the packed rows of one matrix."""
+    if w.perm is None:
+        return x
+    return jnp.take(x, w.perm if layer is None else w.perm[layer], axis=-1)
 
 
 def grouped_matmul(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from ferrum_kernels import triton
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import add_kernel, decode_kernel, prefill_kernel, write_kernel
-from ferrum_kernels.triton_flash import Cut, Refs, Statics
+from ferrum_kernels.triton_flash import Cut, Parts, Refs, Statics
 from ferrum_kernels.triton_tiles import little_memory
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
@@ -117,11 +117,16 @@ def attention_fused(
     table: jax.Array | None = None,
     scales: Pair | None = None,
     norm_layer: Any = None,
+    dtype: Any = None,
 ) -> tuple[jax.Array, Pair, Pair | None]:
-    """The same with queries, keys and values of one product, [B, T, (H + 2 Kv) * h] in this order."""
+    """The same with queries, keys and values of one product, [B, T, (H + 2 Kv) * h] in this order.
+
+    Of one new token per row the product may be in parts, float32 [parts, B, 1, (H + 2 Kv) * h] to be added up; then
+    `dtype` is that of the activations.
+    """
     kv_heads, h = pools[0].shape[-2:]
     heads = qkv.shape[-1] // h - 2 * kv_heads
-    if heads < 1 or qkv.shape[-1] % h:
+    if heads < 1 or qkv.shape[-1] % h or qkv.ndim > (4 if qkv.shape[-2] == 1 else 3):
         raise ShapeError(
             f"the product is {list(qkv.shape)}; with a cache of {kv_heads} heads of {h} it is "
             f"[B, T, (H + {2 * kv_heads}) * {h}]: queries, keys, values."
@@ -129,7 +134,7 @@ def attention_fused(
     layout = (heads, 0, heads * h, (heads + kv_heads) * h)
     given = {"q": qkv}
     return _attention(
-        given, layout, norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer
+        given, layout, norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer, dtype
     )
 
 
@@ -148,11 +153,13 @@ def _attention(
     table: jax.Array | None,
     scales: Pair | None,
     norm_layer: Any,
+    dtype: Any = None,
 ) -> tuple[jax.Array, Pair, Pair | None]:
-    batch, tokens, _ = given["q"].shape
+    batch, tokens = given["q"].shape[-3:-1]
+    dtype = jnp.dtype(dtype or given["q"].dtype)
     heads, *columns = layout
     layers, pages, page, kv_heads, h = pools[0].shape
-    _check(given["q"], heads, pools, start, count, table, scales)
+    _check(batch, dtype, heads, pools, start, count, table, scales)
     s = Statics(
         heads=heads,
         kv_heads=kv_heads,
@@ -162,7 +169,7 @@ def _attention(
         page=page,
         capacity=page if table is None else page * table.shape[1],
         cut=Cut(),
-        dtype=jnp.dtype(given["q"].dtype if scales is None else jnp.float16),
+        dtype=dtype if scales is None else jnp.dtype(jnp.float16),
         codes=scales is not None,
         interpret=triton.is_interpreted(),
     )
@@ -179,7 +186,7 @@ def _attention(
         cache |= {"key_scales": scales[0].reshape(rows), "value_scales": scales[1].reshape(rows)}
     named = {name: x for name, x in named.items() if x is not None}
     if tokens == 1:
-        y, cache = _decode(s, named, cache)
+        y, cache = _decode(s, dtype, named, cache)
     else:
         y, cache = _prefill(s, named, _write(s, named, cache))
     shaped = [x.reshape(old.shape) for x, old in zip(cache.values(), (*pools, *(scales or ())), strict=True)]
@@ -187,13 +194,19 @@ def _attention(
 
 
 def _check(
-    q: jax.Array, heads: int, pools: Pair, start: jax.Array, count: jax.Array, table: Any, scales: Pair | None
+    batch: int,
+    dtype: Any,
+    heads: int,
+    pools: Pair,
+    start: jax.Array,
+    count: jax.Array,
+    table: Any,
+    scales: Pair | None,
 ) -> None:
     _, pages, page, kv_heads, h = pools[0].shape
-    batch = q.shape[0]
-    if q.dtype not in DTYPES or h not in HEADS or heads % kv_heads:
+    if dtype not in DTYPES or h not in HEADS or heads % kv_heads:
         raise ShapeError(
-            f"attention of {heads} heads on {kv_heads} of {h} in {q.dtype}: the Triton kernels take bfloat16 and "
+            f"attention of {heads} heads on {kv_heads} of {h} in {dtype}: the Triton kernels take bfloat16 and "
             f'float16, heads of {HEADS} and whole groups of heads. Use implementation="xla" for it.'
         )
     if pools[0].shape != pools[1].shape or pools[0].dtype != pools[1].dtype or {start.shape, count.shape} != {(batch,)}:
@@ -202,12 +215,12 @@ def _check(
             f"{list(start.shape)} and counts {list(count.shape)} for {batch} rows; keys and values are alike, and "
             f"there is one start and one count per row."
         )
-    expected = jnp.dtype(q.dtype if scales is None else jnp.int8)
+    expected = jnp.dtype(dtype if scales is None else jnp.int8)
     if pools[0].dtype != expected or (scales and any(x.shape != pools[0].shape[:-1] for x in scales)):
         raise ShapeError(
             f"a cache of {pools[0].dtype}{list(pools[0].shape)} with "
             f"{'no scales' if scales is None else 'scales of ' + str([list(x.shape) for x in scales])}: it is of "
-            f"{q.dtype} without scales, or of int8 with two arrays of scales [L, P, page, Kv]."
+            f"{dtype} without scales, or of int8 with two arrays of scales [L, P, page, Kv]."
         )
     if table is None and pages != batch:
         raise ShapeError(f"the cache has {pages} rows and there are {batch}; without a table they are the same.")
@@ -259,7 +272,9 @@ def _call(
 
     def run(*refs: Any) -> None:
         r, o = dict(zip(inputs, refs, strict=False)), dict(zip(outputs, refs[len(inputs) :], strict=True))
-        r = {"k": r["q"], "v": r["q"], **r} if "q" in r else r
+        if "q" in r:
+            r["q"] = r["q"] if len(r["q"].shape) == 3 else Parts(r["q"])
+            r = {"k": r["q"], "v": r["q"], **r}
         kernel(s, r, o)
 
     results = pl.pallas_call(
@@ -282,9 +297,9 @@ def _same(names: Any) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _decode(s: Statics, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
-    batch = named["q"].shape[0]
-    y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), named["q"].dtype)
+def _decode(s: Statics, dtype: Any, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
+    batch = named["start"].shape[0]
+    y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), dtype)
     most = -(-s.capacity // s.cut.piece)
     programs = min(batch * most, s.cut.programs) if most > 1 else batch
     parts: Refs = {}

@@ -7,6 +7,7 @@ key head (its query heads, padded, times some tokens) by some positions of the c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,18 @@ class Statics:
 Refs = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """An array that is the sum of another's first axis, for `read` to add up."""
+
+    ref: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the sum."""
+        return self.ref.shape[1:]
+
+
 def flat(*indices: Any) -> tuple[Any, ...]:
     """Indices of a tile [n, m] from those of its rows [n, 1], its columns [1, m] and scalars."""
     shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in indices))
@@ -99,6 +112,9 @@ def read(ref: Any, indices: tuple[Any, ...], mask: Any = None) -> jax.Array:
     """Elements of an array, zero where the mask is False."""
     from jax.experimental.pallas import triton as plgpu
 
+    if isinstance(ref, Parts):
+        parts = [read(ref.ref, (part, *indices), mask) for part in range(ref.ref.shape[0])]
+        return functools.reduce(jnp.add, parts)
     indices = flat(*indices)
     if mask is None:
         return plgpu.load(ref.at[indices])

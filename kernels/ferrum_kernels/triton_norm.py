@@ -40,7 +40,7 @@ def add_norm(
 
     Args:
       x: bfloat16 or float16 [T, D].
-      y: any float [T, D].
+      y: any float [T, D], or parts [P, T, D] of a sum, as `triton_rows.product` leaves them.
       weight: [D], or [L, D] with `layer`.
       layer: index into the stack, or None.
       eps: added to the mean square.
@@ -184,9 +184,12 @@ def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array
 
 
 def _sum(x: Any, y: Any, row: Any, lane: Any, mask: jax.Array) -> jax.Array:
-    """float32 values of x + y as x.dtype holds them."""
-    added = _load(x, (row, lane), mask) + _load(y, (row, lane), mask)
-    return added.astype(x.dtype).astype(jnp.float32)
+    """float32 values of x + y as x.dtype holds them; parts of y are added up one after the other first."""
+    if len(y.shape) == 2:
+        branch = _load(y, (row, lane), mask)
+    else:
+        branch = functools.reduce(jnp.add, [_load(y, (part, row, lane), mask) for part in range(y.shape[0])])
+    return (_load(x, (row, lane), mask) + branch).astype(x.dtype).astype(jnp.float32)
 
 
 def _load(ref: Any, index: tuple, mask: jax.Array, dtype: Any = jnp.float32) -> jax.Array:

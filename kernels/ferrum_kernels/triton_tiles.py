@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from ferrum_kernels import triton_rows
 from ferrum_kernels.tiles import TiledLinear
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import Tile
@@ -18,6 +19,7 @@ from ferrum_kernels.triton_route import power
 FOLDER = Path(__file__).parent / "tuned"
 # Devices whose programs may use less than 100 KiB of shared memory: fewer blocks in flight.
 LITTLE_SHARED_MEMORY = ("8.6", "8.7", "8.9", "12.0", "12.1")
+LEAST_TURNS, MOST_PARTS = 2, 8  # of the loop of a part; of a sum, which is written and read again
 MOST_SEGMENTS = 32  # of a program of the down kernel for few tokens: more do not fit registers
 
 
@@ -26,7 +28,7 @@ def table(device_kind: str) -> dict[str, Any]:
     """The measured table for a kind of device, or that of its nearest relative: only a Hopper GPU was measured.
 
     >>> sorted(table("NVIDIA H200"))
-    ['date', 'device', 'experts', 'few', 'note', 'rows', 'shapes']
+    ['date', 'device', 'experts', 'few', 'note', 'parts', 'rows', 'shapes']
     """
     names = {file.stem: file for file in FOLDER.glob("*.json")}
     kind = device_kind.lower().replace(" ", "-")
@@ -102,6 +104,31 @@ def expert_tiles(pairs: int, num_experts: int) -> tuple[int, Tile, int, Tile]:
 def row_tile(rows: int) -> tuple[int, Tile]:
     """Rows of a block and tile of the product of some rows with one matrix."""
     return _tile(_row("rows", rows)["tile"])
+
+
+def part_cut(rows: int, w: TiledLinear) -> triton_rows.Cut | None:
+    """How a product of some rows with one matrix is cut into parts; None where it is better whole.
+
+    A row of the table is outputs and rows of a program, warps, stages, blocks per turn and about how many programs
+    there should be, from which the parts follow.
+    """
+    parts = table(jax.devices()[0].device_kind)["parts"]
+    found = next((row["cut"] for row in parts if rows <= row["load"]), None)
+    if found is None:
+        return None
+    n, block, warps, stages, step, programs = found
+    columns, blocks = w.words.shape[-2], w.num_blocks
+    if little_memory():
+        stages, step = min(stages, 2), 1
+    while columns % n:
+        n, warps = n // 2, max(1, warps // 2)
+    step = max(step for step in range(1, step + 1) if blocks % step == 0)
+    block = min(block, power(rows))
+    alike = columns // n * -(-rows // block)  # programs of a part
+    count = min(round(programs / alike), blocks // step // LEAST_TURNS, MOST_PARTS)
+    if count < 2:
+        return None
+    return triton_rows.Cut(n, 1, warps, stages, block, count, step, merge=n >= 64 and warps >= 4)
 
 
 def fit(tile: Tile, columns: int, blocks: int) -> Tile:

@@ -62,6 +62,22 @@ def test_one_product_may_hold_queries_keys_and_values(name):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
+@pytest.mark.parametrize("name", ["one", "one in pages of int8"])
+def test_the_product_may_come_in_parts(name):
+    args, _ = build(CASES[name])
+    whole = fused(args)
+    exact = whole["qkv"].astype(jnp.float32)
+    parts = jnp.stack([0.25 * exact, 1.25 * exact, -0.5 * exact])  # their sum is exact
+    in_parts = triton_attention.attention_fused(**{**whole, "qkv": parts}, dtype=whole["qkv"].dtype)
+    for one, other in zip(*map(jax.tree.leaves, (in_parts, triton_attention.attention_fused(**whole))), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+    args, _ = build(CASES["many"])
+    qkv = fused(args)["qkv"].astype(jnp.float32)[None]
+    with pytest.raises(ShapeError, match=r"it is \[B, T, \(H \+ 4\) \* 32\]"):
+        triton_attention.attention_fused(**{**fused(args), "qkv": qkv}, dtype=jnp.bfloat16)
+
+
 @pytest.mark.parametrize("programs", [1, 3, 7])
 @pytest.mark.parametrize("name", ["one in parts", "one"])
 def test_few_programs_take_several_pieces_and_rows(name, programs, monkeypatch):

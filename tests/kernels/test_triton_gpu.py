@@ -16,7 +16,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.sampling_stages import _keep_portably
-from ferrum_kernels import gptq_matmul, tile, triton, triton_cut, triton_norm
+from ferrum_kernels import gptq_matmul, tile, triton, triton_cut, triton_norm, triton_parts, triton_rows
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
 from tests.support.gptq_cases import make_linear, make_stack
@@ -241,3 +241,65 @@ def test_products_of_few_rows(rows, k, n):
     poison((rows, n))
     y = gptq_matmul(x, tiled, layer=jnp.int32(1), implementation="triton")
     assert relative(y, np.asarray(x, np.float64) @ dense) < ONE_ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n"),
+    [(1, 4096, 2048), (7, 1024, 320), (16, 2048, 5120), (33, 4096, 2048), (64, 2048, 5120), (200, 4096, 2048)],
+)
+def test_products_in_parts(rng, rows, k, n):
+    check_parts(rng, rows, "bfloat16", k=k, n=n, bits=4, group_size=128, sym=True)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize(
+    "dialect",
+    [(8, 128, True), (4, 32, False), (4, 64, True), (8, 64, False), (4, -1, True), (4, 32, True, True)],
+    ids=lambda dialect: "-".join(map(str, dialect)),
+)
+def test_products_in_parts_of_a_dialect(rng, rows, dialect):
+    names = ("bits", "group_size", "sym", "act_order")
+    check_parts(rng, rows, "float16", k=1024, n=192, **dict(zip(names, dialect, strict=False)))
+
+
+def check_parts(rng, rows, dtype, *, k, n, **dialect):
+    """Parts, and what the norm that reads them makes of them."""
+    w, dense = make_linear(int(rng.integers(2**31)), k=k, n=n, **dialect)
+    tiled = jax.tree.map(lambda leaf: jnp.stack([nan_like(leaf), leaf]), tile(w))
+    x, stream = (jnp.asarray(rng.standard_normal((rows, size)), dtype) for size in (k, n))
+    count = triton_parts.count(x, tiled)
+    assert count > 1
+    exact = np.asarray(x, np.float64) @ dense
+    poison((count, rows, n), (rows, n), (rows, n))
+
+    @jax.jit
+    def run(x, stream, tiled, layer):
+        y = triton_parts.product(x, tiled, layer)
+        weight = jnp.ones((2, n), dtype)
+        return y, *triton_norm.add_norm(stream, y, weight, layer, 1e-6, False)
+
+    y, total, norm = run(x, stream, tiled, jnp.int32(1))
+    assert y.shape == (count, rows, n) and relative(y.sum(0), exact) < 1e-4
+    assert relative(total, np.asarray(stream, np.float64) + exact) < ONE_ROUNDING
+    total = np.asarray(total, np.float64)
+    assert relative(norm, total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-6)) < ONE_ROUNDING
+    for one, again in zip((y, norm), run(x, stream, tiled, jnp.int32(1))[::2], strict=True):
+        assert (one == again).all()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        triton_rows.Cut(64, 1, 4, 3, rows=32, parts=3, merge=True),  # parts of 10 and 11 blocks
+        triton_rows.Cut(128, 1, 8, 2, rows=64, parts=4, step=2, merge=True),
+        triton_rows.Cut(16, 2, 4, 4, rows=16, parts=4),
+    ],
+    ids=str,
+)
+def test_a_product_however_it_is_cut(rng, cut):
+    w, dense = make_linear(7, k=4096, n=256, bits=4, group_size=128, sym=True)
+    x = jnp.asarray(rng.standard_normal((45, 4096)), jnp.bfloat16)  # the last program's rows are not all there
+    poison((cut.parts, 45, 256))
+    y = triton_rows.product(x, tile(w), None, cut, jnp.float32, False)
+    assert relative(y.sum(0), np.asarray(x, np.float64) @ dense) < 1e-4
+    assert (y == triton_rows.product(x, tile(w), None, cut, jnp.float32, False)).all()
