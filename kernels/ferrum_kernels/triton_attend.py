@@ -25,6 +25,8 @@ from ferrum_kernels.triton_flash import (
 )
 from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
 
+TURN = 8  # parts of a row that are added up at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Share:
@@ -61,7 +63,8 @@ def share(s: Statics, r: Refs, me: Any) -> Share:
         parts = _pieces(s, end - first, end - first)
         return Share(me < parts, 0, _piece(first, end, me, parts), me, parts)
     row = jnp.arange(1 << (batch - 1).bit_length(), dtype=jnp.int32)
-    first, end = _seen(s, *(read(r[name], (row,), row < batch) for name in ("start", "count")), window)
+    start, count = (read(r[name], (row,), row < batch) for name in ("start", "count"))
+    first, end = _seen(s, start, count, window)
     total = jnp.sum(end - first, axis=0)
     after = jnp.cumsum(jnp.where(row < batch, _pieces(s, end - first, total), 0))
     mine = jnp.sum(jnp.where((after <= me) & (row < batch), 1, 0), axis=0)
@@ -75,7 +78,8 @@ def share(s: Statics, r: Refs, me: Any) -> Share:
 def _pieces(s: Statics, tiles: Any, total: Any) -> Any:
     """How many pieces rows of so many tiles have; at least one."""
     size = lax.max((total + (s.cut.pieces - 1)) // s.cut.pieces, s.cut.least)
-    return jnp.where(tiles <= s.cut.whole, 1, lax.max((2 * tiles + size) // (2 * size), 1))
+    parts = lax.max((2 * tiles + size) // (2 * size), 1)
+    return jnp.where(tiles <= s.cut.whole, 1, lax.min(parts, s.cut.most_parts(tiles)))
 
 
 def _piece(first: Any, end: Any, part: Any, parts: Any) -> tuple[Any, Any]:
@@ -110,28 +114,15 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         where = cache_rows(s, r, row, one + start, real)
         low = start - r["window"][0]
         q, first, second = queries(s, heads)
-
-        def own() -> tuple[jax.Array, jax.Array]:
-            """Score and value of the new token, which goes into the cache."""
-            k1, k2, v = write(s, r, out, head, new, where, real)
-            score = jnp.sum(first.astype(jnp.float32) * k1 + second.astype(jnp.float32) * k2, axis=1)
-            score = jnp.where(fresh, score * (LOG2_E / s.head_dim**0.5), LEAST)
-            return score, jnp.where(fresh, jnp.broadcast_to(v, (s.width, s.head_dim)), 0.0)
-
-        state = nothing(s)
-        if not s.cut.late:
-            score, v = own()
-            state = score, state[1], v
+        k1, k2, v = write(s, r, out, head, new, where, real)
+        score = jnp.sum(first.astype(jnp.float32) * k1 + second.astype(jnp.float32) * k2, axis=1)
+        score = jnp.where(fresh, score * (LOG2_E / s.head_dim**0.5), LEAST)
+        seen = jnp.where(fresh, jnp.broadcast_to(v, (s.width, s.head_dim)), 0.0)
+        state = (score, nothing(s)[1], seen)
         most, total, seen = sweep(
             s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
         )
-        total = summed(s, total)
-        if s.cut.late:
-            score, v = own()
-            most, before = lax.max(most, score), most
-            fade = power(before - most, s.interpret)
-            total, seen = total * fade, seen * fade[:, None] + v * power(score - most, s.interpret)[:, None]
-        total = total + jnp.where(fresh, power(score - most, s.interpret), 0.0)
+        total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
         return jnp.where(live, seen * (1.0 / total)[:, None], 0.0), most, total
 
     if not s.cut.pieces:
@@ -159,8 +150,8 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
             arrived = plgpu.atomic_add(out["arrived"], (counter,), jnp.int32(1))
 
             def last() -> None:
-                plgpu.atomic_add(out["arrived"], (counter,), -mine.parts)
                 add()
+                out["arrived"][counter] = jnp.int32(0)  # for the next layer
 
             pl.when(arrived == mine.parts - 1)(last)
 
@@ -179,8 +170,8 @@ def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Arra
     def body(i: Any, state: Any) -> Any:
         most, total, values = state
         parts, sums = [], []
-        for k in range(s.cut.turn):
-            place = i * s.cut.turn + k
+        for k in range(TURN):
+            place = i * TURN + k
             alive = (place < count) & (member < s.group)
             parts.append(read(out["parts"], (first + place, at[:, None], lane), alive[:, None]))
             sums.append(jnp.where(alive, read(out["sums"], (first + place, at), alive), LEAST))
@@ -194,7 +185,7 @@ def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Arra
 
     zeros = jnp.zeros((s.padded_group,), jnp.float32)
     state = (zeros + LEAST, zeros, jnp.zeros((s.padded_group, s.head_dim), jnp.float32))
-    _, total, values = lax.fori_loop(0, (count + (s.cut.turn - 1)) // s.cut.turn, body, state)
+    _, total, values = lax.fori_loop(0, (count + (TURN - 1)) // TURN, body, state)
     return values / total[:, None]
 
 

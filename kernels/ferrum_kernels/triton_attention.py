@@ -292,15 +292,24 @@ def decode_cut(s: Statics, batch: int) -> Cut:
     """How one new token per row is cut up: a program for each row and key head, or for each piece of long rows."""
     few = batch * s.kv_heads < 132
     whole = 512 if few else 1024
-    tile = _tile(s, 128 if s.codes or (few and s.capacity <= whole) else 64)
     if s.capacity <= whole:
-        return Cut(tile, warps=4, stages=3)
-    return Cut(tile, warps=4, stages=3, pieces=max(1, 264 // s.kv_heads), least=256 // tile, whole=whole // tile)
+        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3)
+    tile = _tile(s, 64 if few and not s.codes else 128)
+    # Tiles in flight are less where several programs are to share a multiprocessor's memory.
+    return Cut(
+        tile,
+        warps=4,
+        stages=3 if few or s.codes else 2,
+        pieces=max(1, 264 // s.kv_heads),
+        least=max(1, (128 if few else 256) // tile),
+        whole=whole // tile,
+    )
 
 
 def most_programs(capacity: int, cut: Cut, batch: int) -> int:
     """Pieces of all rows at most: rounding up, each row has one more than its part of those aimed at."""
-    return min(batch + cut.pieces, batch * -(-capacity // (cut.tile * cut.least)))
+    tiles = -(-capacity // cut.tile)
+    return min(batch + cut.pieces, batch * -(-tiles // cut.least), batch * cut.most_parts(tiles))
 
 
 def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:

@@ -30,11 +30,10 @@ class Cut:
       warps: of a program.
       stages: tiles in flight.
       queries: tokens of a program.
-      pieces: about how many a long step's rows are cut into, all together, for each key head; 0: none is cut.
+      pieces: about how many all rows together are cut into, for each key head; 0: none is cut.
       least: tiles of a piece at least.
       whole: tiles of a row that is not cut.
-      turn: parts of a row that are added up at a time.
-      late: see the new token last.
+      parts: of one row at most, and one more for every 2 * parts tiles.
     """
 
     tile: int = 64
@@ -44,8 +43,11 @@ class Cut:
     pieces: int = 0
     least: int = 1
     whole: int = 0
-    turn: int = 4
-    late: bool = True
+    parts: int = 16
+
+    def most_parts(self, tiles: Any) -> Any:
+        """Of a row of so many tiles: one program adds them up, which bounds how many are worth their while."""
+        return self.parts + tiles // (2 * self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,46 +204,6 @@ def summed(s: Statics, total: jax.Array) -> jax.Array:
     return total if total.ndim == 1 else jnp.sum(total, axis=1)
 
 
-Tile = tuple[jax.Array, jax.Array | None]  # some keys or values as the cache has them, and their scales (None without)
-
-
-def held(s: Statics, r: Refs, name: str, rows: jax.Array, head: Any, alive: jax.Array, masked: bool) -> Tile:
-    """Keys ("key") or values ("value") of rows of the cache; without a mask all of them live."""
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
-    layer = r["layer"][0]
-    # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN.
-    x = read(r[f"{name}s"], (layer, rows[:, None], head, lane), alive[:, None] if masked else None)
-    return x, read(r[f"{name}_scales"], (layer, rows, head), alive) if s.codes else None
-
-
-def turn(
-    s: Statics, q: jax.Array, keys: Tile, values: Callable[[], Tile], mask: jax.Array | None, state: State
-) -> State:
-    """See a tile: bool [M, n] or [1, n] says which of it; None: all."""
-    most, total, sums = state
-    unit = LOG2_E / math.sqrt(s.head_dim)
-    k, k_scale = keys
-    scores = product(q, floats(k, s.dtype, s.interpret), (1, 1), s.interpret)
-    scale = unit
-    if k_scale is not None:
-        scores, scale = scores * (k_scale * unit)[None, :], 1.0
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    now = lax.max(most, jnp.max(scores, axis=1) * scale - (HEADROOM if s.codes else 0.0))
-    weights = power(scores * scale - now[:, None], s.interpret)
-    fade = power(most - now, s.interpret)
-    if total.ndim == 1:
-        total = total * fade + jnp.sum(weights, axis=1)
-    else:
-        total = total * fade[:, None] + weights
-    v, v_scale = values()
-    if v_scale is not None:
-        weights = weights * v_scale[None, :]
-    weights = weights.astype(s.dtype)
-    more = product(weights, floats(v, s.dtype, s.interpret), (1, 0), s.interpret)
-    return now, total, sums * fade[:, None] + more
-
-
 def sweep(
     s: Statics,
     r: Refs,
@@ -271,19 +233,41 @@ def sweep(
     Returns:
       The state after them.
     """
+    layer, tile = r["layer"][0], s.cut.tile
+    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
+    unit = LOG2_E / math.sqrt(s.head_dim)
 
     def body(i: Any, carry: Any) -> Any:
-        state, pages = carry
-        first = tile_of(i) * s.cut.tile
-        positions = first + jnp.arange(s.cut.tile, dtype=jnp.int32)
+        (most, total, values), pages = carry
+        first = tile_of(i) * tile
+        positions = first + jnp.arange(tile, dtype=jnp.int32)
         alive = positions < end
         rows = tile_rows(s, row, first, pages)
         # A turn ahead, because keys and values wait for it.
-        pages = pages_of(s, r, row, tile_of(i + 1) * s.cut.tile)
-        masked = visible is not None
-        keys = held(s, r, "key", rows, head, alive, masked)
-        mask = None if visible is None else visible(positions[None, :]) & alive[None, :]
-        return turn(s, q, keys, lambda: held(s, r, "value", rows, head, alive, masked), mask, state), pages
+        pages = pages_of(s, r, row, tile_of(i + 1) * tile)
+        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN.
+        mask = None if visible is None else alive[:, None]
+        k = read(r["keys"], (layer, rows[:, None], head, lane), mask)
+        k = floats(k, s.dtype, s.interpret)
+        scores = product(q, k, (1, 1), s.interpret)
+        scale = unit
+        if s.codes:
+            scores, scale = scores * (read(r["key_scales"], (layer, rows, head), alive) * unit)[None, :], 1.0
+        if visible is not None:
+            scores = jnp.where(visible(positions[None, :]) & alive[None, :], scores, -jnp.inf)
+        now = lax.max(most, jnp.max(scores, axis=1) * scale - (HEADROOM if s.codes else 0.0))
+        weights = power(scores * scale - now[:, None], s.interpret)
+        fade = power(most - now, s.interpret)
+        if total.ndim == 1:
+            total = total * fade + jnp.sum(weights, axis=1)
+        else:
+            total = total * fade[:, None] + weights
+        if s.codes:
+            weights = weights * read(r["value_scales"], (layer, rows, head), alive)[None, :]
+        v = floats(read(r["values"], (layer, rows[:, None], head, lane), mask), s.dtype, s.interpret)
+        weights = weights.astype(s.dtype)
+        more = product(weights, v, (1, 0), s.interpret)
+        return (now, total, values * fade[:, None] + more), pages
 
-    state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * s.cut.tile)))
+    state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * tile)))
     return state

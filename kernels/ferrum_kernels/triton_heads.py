@@ -20,8 +20,8 @@ class Heads(NamedTuple):
       cosine, sine: float32 [n, h / 2].
     """
 
-    halves: tuple[jax.Array, jax.Array]
-    weights: tuple[jax.Array, jax.Array] | None
+    halves: tuple[jax.Array, ...]
+    weights: tuple[jax.Array, ...] | None
     cosine: jax.Array
     sine: jax.Array
 

@@ -64,14 +64,11 @@ def test_one_product_may_hold_queries_keys_and_values(name):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
-PIECES = {"few": {"pieces": 3}, "many": {"pieces": 66}, "the new token first": {"pieces": 7, "late": False}}
-
-
-@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("pieces", [3, 66])
 @pytest.mark.parametrize("name", ["one in parts", "one in parts of int8 with a window"])
 def test_rows_in_pieces_give_the_same_however_many_there_are(name, pieces, monkeypatch):
-    change = {"tile": 64, "least": 1, "whole": 0, "turn": 2} | PIECES[pieces]
     cut = triton_attention.decode_cut
+    change = {"tile": 64, "least": 1, "whole": 0, "parts": 10, "pieces": pieces}
     monkeypatch.setattr(triton_attention, "decode_cut", lambda *a: dataclasses.replace(cut(*a), **change))
     check(CASES[name], triton_attention.attention)
 
@@ -112,6 +109,11 @@ def test_pieces_cover_each_row_once_and_are_alike(lengths):
         assert [begin for begin, _ in mine] == [0, *(end for _, end in mine[:-1])] and mine[-1][1] == tiles[row]
     aim = max(4, -(-sum(tiles) // 66))
     assert max(end - begin for _, begin, end in found) <= max(8, 1.5 * aim + 1)
+
+
+def test_a_row_has_no_more_parts_than_are_worth_adding_up():
+    alone = [len(cuts_of((n,), programs=67, least=1)) for n in (512, 1024, 2048, 8000)]
+    assert alone == [1, 16, 17, 19]
 
 
 def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
