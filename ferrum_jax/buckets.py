@@ -12,6 +12,8 @@ import jax
 
 from ferrum_jax.errors import CapacityError, ConfigError, RetraceError
 
+MOST_TOKENS = 2**14  # of all rows together that one step reads: its temporary memory grows with them
+
 
 def _ladder(first: int, last: int, per_octave: int = 1) -> tuple[int, ...]:
     sizes, size = [], first
@@ -27,7 +29,8 @@ class Buckets:
 
     Attributes:
       batch: rows.
-      prefill: tokens of a prompt read in one step; longer prompts are read in pieces of the largest.
+      prefill: tokens of a prompt read in one step; longer prompts are read in pieces of the largest. None means 16 to
+        512, on a GPU to 4096.
       cache: tokens a row can hold.
       steps: decode steps of one dispatch; None means 1 or 8 on a GPU and 1 elsewhere. With more than one size the next
         dispatch is queued before the last one's tokens are read.
@@ -40,7 +43,7 @@ class Buckets:
     """
 
     batch: tuple[int, ...] = _ladder(1, 256)
-    prefill: tuple[int, ...] = _ladder(16, 512, per_octave=2)
+    prefill: tuple[int, ...] | None = None
     cache: tuple[int, ...] = _ladder(128, 2**20)
     steps: tuple[int, ...] | None = None
 
@@ -60,6 +63,21 @@ class Buckets:
             return self.steps
         return (1, 8) if jax.default_backend() == "gpu" else (1,)
 
+    def widths(self) -> tuple[int, ...]:
+        """The ladder of tokens of a prompt on this device."""
+        if self.prefill is not None:
+            return self.prefill
+        return _ladder(16, 4096 if jax.default_backend() == "gpu" else 512, per_octave=2)
+
+    def widest(self, rows: int) -> int:
+        """The largest of `widths` with which so many rows read no more than 16384 tokens at once, or the smallest.
+
+        >>> Buckets().widest(1), Buckets().widest(128), Buckets().widest(2**20)
+        (512, 128, 16)
+        """
+        widths = self.widths()
+        return max((width for width in widths if rows * width <= MOST_TOKENS), default=widths[0])
+
     def fit(self, name: str, size: int) -> int:
         """The smallest bucket that holds `size`.
 
@@ -70,7 +88,7 @@ class Buckets:
         Raises:
           CapacityError: nothing in the ladder is large enough.
         """
-        sizes = getattr(self, name)
+        sizes = self.widths() if name == "prefill" else getattr(self, name)
         for bucket in sizes:
             if bucket >= size:
                 return bucket

@@ -106,8 +106,8 @@ class Engine:
           pages: pages of the pool; None means as many as fit the device's free memory and its kernels reach, at most a
             whole context for every slot.
           page: tokens of a page.
-          buckets: sizes to compile for. `prefill[-1]` is the most prompt tokens that a step reads between two tokens
-            of the others.
+          buckets: sizes to compile for. the last of `widths()` is the most prompt tokens that a step reads between two
+            tokens of the others.
           cache_dtype: of keys and values, a float or "int8"; None means cfg.dtype, but float32 for bfloat16 on a CPU,
             where XLA copies a whole pool of bfloat16 to write into it.
           plans: sampler stages to compile, from cheap to complete; a request that needs more is refused. One of them
@@ -222,7 +222,7 @@ class Engine:
         """
         if unknown := [plan for plan in plans or () if plan not in self._plans]:
             raise ConfigError(f"{unknown[0]} is none of the plans that this engine was made with.")
-        most, count = self._buckets.prefill[-1], 0
+        widths, count = self._buckets.widths(), 0
         batches = [size for size in self._buckets.batch if size <= self._buckets.fit("batch", self._shape.slots)]
         row = init_sampler([SamplingParams()], self._model.cfg.vocab_size, [[]], self._shape.plan)
         self._state = self._steps.admit(self._shape.slots, row, self._state)
@@ -234,8 +234,8 @@ class Engine:
                     control = self._control([], [], batch, length)
                     _, self._state = self._steps.decode(plan, self._model.params, control, self._state)
                     count += 1
-                    for least, width in zip((0, *self._buckets.prefill), self._buckets.prefill, strict=False):
-                        if least < length and (batch == 1 or batch * width <= most):
+                    for least, width in zip((0, *widths), widths, strict=False):
+                        if least < length and (batch == 1 or batch * width <= widths[-1]):
                             tokens = np.zeros((batch, width), np.int32)
                             _, self._state = self._steps.read(plan, self._model.params, tokens, control, self._state)
                             count += 1
@@ -288,7 +288,7 @@ class Engine:
 
     def _plan_memory(self, free: int, shape: Shape) -> MemoryPlan:
         """What fits into so many bytes, with the largest step that there can be."""
-        cfg, most, slots = self._model.cfg, self._buckets.prefill[-1], shape.slots
+        cfg, most, slots = self._model.cfg, self._buckets.widths()[-1], shape.slots
         shapes = [(slots, 1), *((rows, most // rows) for rows in self._buckets.batch if rows <= min(slots, most))]
         steps = [step_bytes(cfg, rows, width, self._longest, paged=True) for rows, width in shapes]
         steps += [record.temp_bytes or 0 for record in self._steps.records]
@@ -312,7 +312,7 @@ class Engine:
         reading = self._schedule.readers()
         if not reading:
             return
-        most = self._buckets.prefill[-1]
+        most = self._buckets.widths()[-1]
         width = self._buckets.fit("prefill", min(reading[0].remaining, most))
         rows = [reading[0]]
         for sequence in reading[1:]:

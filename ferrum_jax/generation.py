@@ -18,6 +18,7 @@ import numpy as np
 
 from ferrum_jax.buckets import Buckets
 from ferrum_jax.budget import check_cache
+from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.cache import init_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.errors import BackendError, CapacityError, RequestError
@@ -26,7 +27,7 @@ from ferrum_jax.requests import Prompt as Prompt
 from ferrum_jax.requests import Stats as Stats
 from ferrum_jax.requests import Step as Step
 from ferrum_jax.sampling import Sampled, SamplerPlan, SamplingParams, init_sampler
-from ferrum_jax.steps import Ahead, going
+from ferrum_jax.steps import Ahead, cache_kind, going
 from ferrum_jax.steps import Steps as Steps
 from ferrum_jax.steps import steps_for as steps_for
 
@@ -37,6 +38,7 @@ def stream_generate(
     sampling: SamplingParams | None = None,
     *,
     buckets: Buckets | None = None,
+    cache_dtype: Any = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Continue one prompt, token by token.
@@ -46,6 +48,7 @@ def stream_generate(
       prompt: a text, or token ids. A chat goes through `ferrum_jax.chat.render` first.
       sampling: SamplingParams, or give its fields as keyword arguments.
       buckets: sizes to compile for.
+      cache_dtype: of keys and values, a float or "int8", which is half of bfloat16's memory; None means cfg.dtype.
       **options: fields of SamplingParams, such as max_tokens=64, temperature=0.7, seed=1.
 
     Yields:
@@ -62,7 +65,7 @@ def stream_generate(
     """
     request = request_of(sampling, options)
     # Checked here, not at the first next(): an error belongs to the call that caused it.
-    batch = _Batch.start(model, [prompt], [request], buckets or Buckets())
+    batch = _Batch.start(model, [prompt], [request], buckets or Buckets(), cache_dtype)
     return batch.steps()
 
 
@@ -72,6 +75,7 @@ def stream_batch(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     buckets: Buckets | None = None,
+    cache_dtype: Any = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Continue several prompts together; like stream_generate, with `Step.row` saying whose token it is.
@@ -81,6 +85,7 @@ def stream_batch(
       prompts: texts or token ids, of any lengths.
       sampling: one SamplingParams for all or one per prompt, or give fields as keyword arguments.
       buckets: sizes to compile for.
+      cache_dtype: of keys and values, a float or "int8", which is half of bfloat16's memory; None means cfg.dtype.
       **options: fields of SamplingParams for all prompts.
 
     Yields:
@@ -97,7 +102,7 @@ def stream_batch(
         requests = list(sampling)
     else:
         requests = [request_of(sampling, options)] * len(prompts)
-    return _Batch.start(model, prompts, requests, buckets or Buckets()).steps()
+    return _Batch.start(model, prompts, requests, buckets or Buckets(), cache_dtype).steps()
 
 
 def generate(
@@ -106,6 +111,7 @@ def generate(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     buckets: Buckets | None = None,
+    cache_dtype: Any = None,
     **options: Any,
 ) -> Any:
     """Continue prompts and return the texts.
@@ -115,6 +121,7 @@ def generate(
       prompts: a list of prompts, or one prompt.
       sampling: SamplingParams for all or per prompt, or give fields as keyword arguments.
       buckets: sizes to compile for.
+      cache_dtype: of keys and values, a float or "int8", which is half of bfloat16's memory; None means cfg.dtype.
       **options: fields of SamplingParams.
 
     Returns:
@@ -132,7 +139,7 @@ def generate(
     texts = [""] * len(batch)
     if not texts:
         return []
-    for step in stream_batch(model, batch, sampling, buckets=buckets, **options):
+    for step in stream_batch(model, batch, sampling, buckets=buckets, cache_dtype=cache_dtype, **options):
         if step.finish_reason == "nonfinite_logits":
             raise BackendError(
                 f"prompt {step.row} gave logits that are NaN or infinite after {step.stats.generated_tokens} tokens. "
@@ -151,10 +158,13 @@ class _Batch:
     requests: list[SamplingParams]
     limits: list[int]
     buckets: Buckets
+    cache_dtype: Any
     began: float
 
     @staticmethod
-    def start(model: Model, prompts: Sequence[Prompt], requests: list[SamplingParams], buckets: Buckets) -> _Batch:
+    def start(
+        model: Model, prompts: Sequence[Prompt], requests: list[SamplingParams], buckets: Buckets, cache_dtype: Any
+    ) -> _Batch:
         if not prompts:
             raise RequestError("there are no prompts; give at least one.")
         if len(requests) != len(prompts):
@@ -170,7 +180,8 @@ class _Batch:
         for request in requests:
             request.validate(model.cfg.vocab_size)
         limits = [min(request.max_tokens, context - len(prompt)) for request, prompt in zip(requests, ids, strict=True)]
-        return _Batch(model, ids, requests, limits, buckets, time.perf_counter())
+        dtype = dtype_of_cache(model.cfg, cache_dtype)
+        return _Batch(model, ids, requests, limits, buckets, dtype, time.perf_counter())
 
     def steps(self) -> Iterator[Step]:
         cfg, params, rows = self.model.cfg, self.model.params, len(self.prompts)
@@ -183,13 +194,12 @@ class _Batch:
         programs = steps_for(cfg).of(params, plan)
         compiled_before = programs.compile_seconds()
 
-        widest = self.buckets.prefill[-1]
-        check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))))
-        state = init_sampler(requests, cfg.vocab_size, prompts, plan)
-        cache = init_cache(cfg, batch, slots)
+        widest = self.buckets.widest(batch)
+        check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))), self.cache_dtype)
+        cache = init_cache(cfg, batch, slots, self.cache_dtype)
         logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        start = 0
+        kind, start = cache_kind(cfg, cache), 0
         while start < lengths.max():
             width = self.buckets.fit("prefill", min(int(lengths.max()) - start, widest))
             tokens = np.zeros((batch, width), np.int32)
@@ -198,9 +208,11 @@ class _Batch:
                 tokens[row, : len(piece)] = piece
             count = np.clip(lengths - start, 0, width).astype(np.int32)
             logits, cache = programs.prefill(
-                (batch, width, slots), params=params, tokens=tokens, lengths=count, cache=cache, logits=logits
+                (batch, width, slots, *kind), params=params, tokens=tokens, lengths=count, cache=cache, logits=logits
             )
             start += width
+        # Made while a device that runs beside the host reads the prompts.
+        state = init_sampler(requests, cfg.vocab_size, prompts, plan)
         sampled, state = programs.sample((batch,), logits=logits, state=state)
 
         answers = [Answer(self.model, *request) for request in zip(self.requests, self.limits, strict=True)]

@@ -185,6 +185,12 @@ def steps_for(cfg: ModelConfig) -> Steps:
     return Steps(cfg)
 
 
+def cache_kind(cfg: ModelConfig, cache: Cache) -> tuple[str, ...]:
+    """What a bucket's key says of a cache's dtype: nothing where it is the model's own."""
+    name = cache.k.dtype.name
+    return () if name == cfg.dtype else (name,)
+
+
 class Ahead:
     """Decode steps on their way: dispatched before the last ones are read, where a dispatch may be several.
 
@@ -223,7 +229,8 @@ class Ahead:
             fitting = [n for n in self._ladder if n <= rest and n * self._step_seconds <= self.SECONDS]
             count = max(fitting, default=self._ladder[0])
             stops = self._rows.stops.shape[1]
-            bucket = *self._cache.k.shape[1:3], *(() if stops == LEAST_STOPS else (stops,))
+            kind = cache_kind(self._programs.cfg, self._cache)
+            bucket = *self._cache.k.shape[1:3], *kind, *(() if stops == LEAST_STOPS else (stops,))
             sampled, self._rows, self._cache, self._state = self._programs.decode(count)(
                 bucket,
                 params=self._params,

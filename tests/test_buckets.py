@@ -15,16 +15,27 @@ from ferrum_jax.errors import CapacityError, ConfigError, RetraceError
 
 @given(size=st.integers(1, 512))
 def test_fit_is_the_smallest_bucket_that_holds(size: int) -> None:
-    ladder = Buckets().prefill
+    ladder = Buckets().widths()
     fitted = Buckets().fit("prefill", size)
     assert fitted >= size
     assert all(other < size for other in ladder if other < fitted)
 
 
-def test_prefill_ladder_wastes_at_most_half_an_octave() -> None:
-    ladder = Buckets().prefill
-    assert ladder[:5] == (16, 24, 32, 48, 64) and ladder[-1] == 512
+@pytest.mark.parametrize(("backend", "last"), [("cpu", 512), ("METAL", 512), ("gpu", 4096)])
+def test_prefill_ladder_wastes_at_most_half_an_octave(backend: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    ladder = Buckets().widths()
+    assert ladder[:5] == (16, 24, 32, 48, 64) and ladder[-1] == last
     assert all(b / a <= 1.5 for a, b in itertools.pairwise(ladder))
+    assert Buckets(prefill=(7, 9)).widths() == (7, 9)
+
+
+@given(rows=st.integers(1, 2**16), ladder=st.sampled_from([None, (8,), (16, 100, 5000)]))
+def test_rows_together_read_at_most_so_many_tokens(rows: int, ladder: tuple[int, ...] | None) -> None:
+    buckets = Buckets(prefill=ladder)
+    widest, widths = buckets.widest(rows), buckets.widths()
+    assert rows * widest <= 2**14 or widest == widths[0]
+    assert all(rows * width > 2**14 for width in widths if width > widest)
 
 
 def test_nothing_fits_beyond_the_largest() -> None:

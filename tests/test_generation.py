@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.buckets import Buckets
 from ferrum_jax.checkpoint.load import Model
-from ferrum_jax.errors import BackendError, CapacityError, RequestError
+from ferrum_jax.errors import BackendError, CapacityError, ConfigError, RequestError
 from ferrum_jax.generation import Step, Steps, steps_for, stream_batch
 from ferrum_jax.sampling import SamplerPlan, SamplingParams
 
@@ -250,3 +250,15 @@ def test_bad_requests_are_refused_at_the_call(model: Model, call: object, error:
 
 def test_no_prompts_give_no_texts(model: Model) -> None:
     assert fj.generate(model, []) == []
+
+
+def test_a_cache_in_int8_continues_alike_and_compiles_under_a_key_of_its_own(model: Model) -> None:
+    cfg = dataclasses.replace(model.cfg, pad_token_id=9)  # of its own, as above
+    mine = dataclasses.replace(model, cfg=cfg)
+    plain = list(fj.stream_generate(mine, PROMPTS[0], max_tokens=4))
+    codes = list(fj.stream_generate(mine, PROMPTS[0], max_tokens=4, cache_dtype="int8"))
+    assert [step.token for step in plain] == [step.token for step in codes]
+    keys = [record.bucket for record in steps_for(cfg).records() if record.step == "prefill"]
+    assert [key[3:] for key in keys if isinstance(key, tuple)] == [(), ("int8",)]
+    with pytest.raises(ConfigError, match=r"a cache of dtype='int4' is unknown; accepted are .*int8 and None"):
+        fj.stream_generate(mine, PROMPTS[0], cache_dtype="int4")

@@ -16,7 +16,7 @@ from ferrum_jax.cli.bench_compare import compare, read_report, text_of_compariso
 from ferrum_jax.cli.bench_roofline import ceilings
 from ferrum_jax.cli.bench_sweep import LATEST, Sweep, own_compile_cache, sweep
 from ferrum_jax.cli.bench_sweep import lines as rows_as_lines
-from ferrum_jax.cli.options import NO_DEFAULT, Loading, UsageError, load_model, start_jax
+from ferrum_jax.cli.options import NO_DEFAULT, CacheDtype, Loading, UsageError, load_model, start_jax
 from ferrum_jax.cli.output import Status, emit, size, table
 from ferrum_jax.errors import BackendError, CapacityError
 
@@ -51,6 +51,7 @@ class Bench(Loading):
       context: a sweep over contexts of the decode, 256 where only batches are given.
       prefill: a sweep over lengths of prompts.
       temperature: of the sampling in a sweep.
+      cache_dtype: of keys and values; without it the activations'.
       repeats: measured runs.
       compare: an earlier report (--json); prints what has changed, as new over old.
       json: print a JSON object.
@@ -65,6 +66,7 @@ class Bench(Loading):
     context: Annotated[str | None, arg(metavar="N[,N...]", help_behavior_hint=NO_DEFAULT)] = None
     prefill: Annotated[str | None, arg(metavar="N[,N...]", help_behavior_hint=NO_DEFAULT)] = None
     temperature: Annotated[float, arg(metavar="T")] = 0.0
+    cache_dtype: CacheDtype = None
     repeats: Annotated[int, arg(metavar="N")] = 3
     compare: Annotated[str | None, arg(metavar="FILE", help_behavior_hint=NO_DEFAULT)] = None
     json: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
@@ -97,7 +99,8 @@ class Bench(Loading):
 
     def sweep(self, model: Model) -> dict[str, Any]:
         """Many shapes, a row each."""
-        wanted = Sweep(self.batches, self.contexts, self.prompts, self.new_tokens, self.repeats, self.temperature)
+        sizes = self.batches, self.contexts, self.prompts, self.new_tokens
+        wanted = Sweep(*sizes, self.repeats, self.temperature, self.cache_dtype)
         wanted.check(model)
         with Status("measuring", self.quiet) as status, own_compile_cache():
             ceiling = ceilings()
@@ -253,11 +256,11 @@ def measure(options: Bench, model: Model, status: Status) -> dict[str, Any]:
     steps_for.cache_clear()  # what an earlier call in this process compiled is not this run's
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.cfg.vocab_size, (options.batches[0], options.prompt_tokens)).tolist()
-    _one_run(model, prompts, options.new_tokens)
+    _one_run(model, prompts, options.new_tokens, options.cache_dtype)
     runs = []
     for i in range(options.repeats):
         status.update(f"run {i + 1} of {options.repeats}")
-        runs.append(_one_run(model, prompts, options.new_tokens))
+        runs.append(_one_run(model, prompts, options.new_tokens, options.cache_dtype))
     records = steps_for(model.cfg).records()
     first = [run.first_token_seconds for run in runs]
     return {
@@ -278,11 +281,11 @@ def measure(options: Bench, model: Model, status: Status) -> dict[str, Any]:
     }
 
 
-def _one_run(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> Stats:
+def _one_run(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, cache_dtype: str | None) -> Stats:
     from ferrum_jax.generation import stream_batch
 
     step = None
-    for step in stream_batch(model, prompts, max_tokens=new_tokens, ignore_eos=True):
+    for step in stream_batch(model, prompts, max_tokens=new_tokens, ignore_eos=True, cache_dtype=cache_dtype):
         if step.finish_reason == "nonfinite_logits":
             raise BackendError("the model gave logits that are NaN or infinite, so its speed means nothing.")
     assert step is not None

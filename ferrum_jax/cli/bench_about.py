@@ -36,6 +36,7 @@ def about(options: Any, model: Model) -> dict[str, Any]:
         "load_seconds": None if options.synthetic else model.report.seconds,
         "repeats": options.repeats,
         "dtype": model.cfg.dtype,
+        "cache_dtype": options.cache_dtype or model.cfg.dtype,
         "lm_head_bits": model.cfg.lm_head_bits,
         "implementation": _implementation(model),
         "date": datetime.date.today().isoformat(),

@@ -65,6 +65,7 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         "model",
         "layers",
         "dtype",
+        "cache_dtype",
         "implementation",
         "lm_head_bits",
         "device",

@@ -71,7 +71,12 @@ def experts_touched(cfg: ModelConfig, tokens: int) -> float:
 
 
 def decode_bytes(
-    cfg: ModelConfig, params: dict[str, Any], batch: int, context: float, experts: float | None = None
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    batch: int,
+    context: float,
+    experts: float | None = None,
+    cache_dtype: str | None = None,
 ) -> dict[str, float]:
     """Bytes that one decode step reads at least.
 
@@ -81,11 +86,13 @@ def decode_bytes(
       batch: rows.
       context: tokens that each row holds.
       experts: of a layer that are read; None takes what equal chances let expect.
+      cache_dtype: of keys and values; None means cfg.dtype.
 
     Returns:
       {"weights", "cache"}: these experts, all other weights once, of the embedding the rows that are looked up; keys
       and values of live tokens, at most a sliding window of them.
     """
+    from ferrum_jax.budget import token_bytes
     from ferrum_jax.params import num_bytes
 
     # The projection of a tied model reads all of the embedding.
@@ -99,7 +106,7 @@ def decode_bytes(
             weights += num_bytes(run["moe"]["experts"]) * touched / cfg.num_experts
             rest["moe"] = {name: leaf for name, leaf in run["moe"].items() if name != "experts"}
         weights += num_bytes(rest)
-    token = 2 * cfg.num_kv_heads * cfg.head_dim * _itemsize(cfg)
+    token = token_bytes(cfg, cache_dtype) / cfg.num_layers
     held = sum(min(context, window or context) for window in _windows(cfg))
     return {"weights": weights, "cache": batch * held * token}
 
@@ -128,9 +135,3 @@ def prefill_flops(cfg: ModelConfig, tokens: int) -> float:
 
 def _windows(cfg: ModelConfig) -> tuple[int | None, ...]:
     return tuple(cfg.sliding_windows) or (None,) * cfg.num_layers
-
-
-def _itemsize(cfg: ModelConfig) -> int:
-    import jax.numpy as jnp
-
-    return jnp.dtype(cfg.dtype).itemsize

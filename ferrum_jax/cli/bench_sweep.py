@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ferrum_jax.generation import Stats
     from ferrum_jax.sampling import SamplingParams
 
-FILL_TOKENS = 2**14  # tokens of all rows together that one step reads while caches are filled
 LATEST = 16  # tokens of each row that experts are counted over
 SLOTS = 128  # caches are a multiple of this
 TOGETHER = 0.25  # of the mean gap; tokens that arrive closer to each other come from one dispatch
@@ -40,6 +39,7 @@ class Sweep:
       new_tokens: written per row in a decode line.
       repeats: measured runs of each line.
       temperature: of the sampling; 0.0 is greedy, where rows of random weights soon write the same tokens.
+      cache_dtype: of keys and values; None means the activations'.
     """
 
     batches: tuple[int, ...]
@@ -48,6 +48,7 @@ class Sweep:
     new_tokens: int
     repeats: int
     temperature: float = 0.0
+    cache_dtype: str | None = None
 
     def check(self, model: Model) -> None:
         """Refuse what the model's context does not hold.
@@ -117,27 +118,25 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
 
     start = context - options.new_tokens // 2
     slots = min(-(-(start + options.new_tokens) // SLOTS) * SLOTS, model.cfg.max_position)
-    pieces = Buckets().prefill
-    most = max(pieces[0], FILL_TOKENS // batch)
-    width = Buckets().fit("prefill", min(start, max(size for size in pieces if size <= most)))
+    width = Buckets().fit("prefill", min(start, Buckets().widest(batch)))
     buckets = Buckets(batch=(batch,), prefill=(width,), cache=(slots,))
-    needed = _check_cache(model, batch, slots)
+    needed = _check_cache(model, batch, slots, options.cache_dtype)
     # Short prompts, but as many steps: how many one dispatch takes may depend on their time.
     sampling = _sampling(batch, options.new_tokens, options.temperature)
-    compiles = _compile(model, _prompts(model, batch, 1), sampling, buckets)
+    compiles = _compile(model, _prompts(model, batch, 1), sampling, buckets, options.cache_dtype)
     prompts = _prompts(model, batch, start)
     gaps, rates, first, run = [], [], [], None
     for _ in range(options.repeats):
-        run = _timed(model, prompts, sampling, buckets)
+        run = _timed(model, prompts, sampling, buckets, options.cache_dtype)
         if run.stats.compile_seconds:
-            run = _timed(model, prompts, sampling, buckets)
+            run = _timed(model, prompts, sampling, buckets, options.cache_dtype)
         arrivals, stats = run.arrivals, run.stats
         gaps += gaps_of(arrivals)
         rates.append(batch * (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]))
         first.append(stats.first_token_seconds)
     assert run is not None
     touched = experts_counted(model, run.written)
-    read = decode_bytes(model.cfg, model.params, batch, context, touched)
+    read = decode_bytes(model.cfg, model.params, batch, context, touched, options.cache_dtype)
     least = None if ceiling.bytes_per_second is None else sum(read.values()) / ceiling.bytes_per_second
     rate = statistics.median(rates)
     return {
@@ -163,11 +162,12 @@ def _prefill(model: Model, length: int, options: Sweep, ceiling: Ceilings) -> di
 
     slots = min(-(-(length + 2) // SLOTS) * SLOTS, model.cfg.max_position)
     buckets = Buckets(batch=(1,), cache=(slots,))
-    needed = _check_cache(model, 1, slots)
+    needed = _check_cache(model, 1, slots, options.cache_dtype)
     prompts = _prompts(model, 1, length)
     sampling = _sampling(1, 2, options.temperature)
-    compiles = _compile(model, prompts, sampling, buckets)
-    first = [_timed(model, prompts, sampling, buckets).stats.first_token_seconds for _ in range(options.repeats)]
+    compiles = _compile(model, prompts, sampling, buckets, options.cache_dtype)
+    runs = [_timed(model, prompts, sampling, buckets, options.cache_dtype) for _ in range(options.repeats)]
+    first = [run.stats.first_token_seconds for run in runs]
     seconds = statistics.median(first)
     peak = ceiling.flops_per_second
     return {
@@ -182,7 +182,7 @@ def _prefill(model: Model, length: int, options: Sweep, ceiling: Ceilings) -> di
     }
 
 
-def _check_cache(model: Model, batch: int, slots: int) -> int:
+def _check_cache(model: Model, batch: int, slots: int, cache_dtype: str | None) -> int:
     """Bytes of the cache, which must fit beside what the device holds."""
     import jax
 
@@ -190,7 +190,7 @@ def _check_cache(model: Model, batch: int, slots: int) -> int:
     from ferrum_jax.environment import free_memory
     from ferrum_jax.params import num_bytes
 
-    needed = num_bytes(jax.eval_shape(lambda: init_cache(model.cfg, batch, slots)))
+    needed = num_bytes(jax.eval_shape(lambda: init_cache(model.cfg, batch, slots, cache_dtype)))
     free = free_memory()
     if free is not None and needed > free:
         raise _TooLarge({"cache_bytes": needed, "free_bytes": free})
@@ -220,12 +220,18 @@ class _Run:
     written: list[list[int]]
 
 
-def _timed(model: Model, prompts: list[list[int]], sampling: list[SamplingParams], buckets: Buckets) -> _Run:
+def _timed(
+    model: Model,
+    prompts: list[list[int]],
+    sampling: list[SamplingParams],
+    buckets: Buckets,
+    cache_dtype: str | None,
+) -> _Run:
     from ferrum_jax.generation import stream_batch
 
     arrivals, stats = [], None
     written: list[list[int]] = [[] for _ in prompts]
-    for step in stream_batch(model, prompts, sampling, buckets=buckets):
+    for step in stream_batch(model, prompts, sampling, buckets=buckets, cache_dtype=cache_dtype):
         if step.finish_reason == "nonfinite_logits":
             raise BackendError("the model gave logits that are NaN or infinite, so its speed means nothing.")
         if step.row == 0:
@@ -291,7 +297,11 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def _compile(
-    model: Model, prompts: list[list[int]], sampling: list[SamplingParams], buckets: Buckets
+    model: Model,
+    prompts: list[list[int]],
+    sampling: list[SamplingParams],
+    buckets: Buckets,
+    cache_dtype: str | None,
 ) -> dict[str, Any]:
     """Compile what a line needs, then once more with what the compile cache has kept."""
     from ferrum_jax.generation import steps_for
@@ -299,7 +309,7 @@ def _compile(
     records: list[list[CompileRecord]] = []
     for _ in range(2):
         steps_for.cache_clear()
-        _timed(model, prompts, sampling, buckets)
+        _timed(model, prompts, sampling, buckets, cache_dtype)
         records.append(steps_for(model.cfg).records())
     cold, warm = records
     return {

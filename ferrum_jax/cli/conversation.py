@@ -117,7 +117,14 @@ class Story:
         raise RequestError("a text that is continued has no system message; write it into the text.")
 
 
-def converse(model: Model, sampling: SamplingParams, system: str | None, raw: bool, quiet: bool) -> int:
+def converse(
+    model: Model,
+    sampling: SamplingParams,
+    system: str | None,
+    raw: bool,
+    quiet: bool,
+    cache_dtype: str | None = None,
+) -> int:
     """Read lines and answer them until the user leaves.
 
     Args:
@@ -126,6 +133,7 @@ def converse(model: Model, sampling: SamplingParams, system: str | None, raw: bo
       system: system message, or None.
       raw: continue texts although there is a chat template.
       quiet: no greeting and no statistics.
+      cache_dtype: of keys and values; None means the activations'.
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C twice.
@@ -153,7 +161,7 @@ def converse(model: Model, sampling: SamplingParams, system: str | None, raw: bo
                 if _command(line, dialogue):
                     return 0
             else:
-                interrupted = _answer(model, sampling, dialogue, line, quiet)
+                interrupted = _answer(model, sampling, dialogue, line, quiet, cache_dtype)
         except FerrumError as error:
             say_error(str(error))
 
@@ -189,7 +197,9 @@ def _command(line: str, dialogue: Dialogue) -> bool:
     return False
 
 
-def _answer(model: Model, sampling: SamplingParams, dialogue: Dialogue, line: str, quiet: bool) -> bool:
+def _answer(
+    model: Model, sampling: SamplingParams, dialogue: Dialogue, line: str, quiet: bool, cache_dtype: str | None
+) -> bool:
     """Stream the answer to a line; True when Ctrl-C ended it."""
     from ferrum_jax.generation import stream_generate
 
@@ -200,7 +210,7 @@ def _answer(model: Model, sampling: SamplingParams, dialogue: Dialogue, line: st
         if not ids:
             return False
         try:
-            last = write(stream_generate(model, ids, sampling), pieces, quiet)
+            last = write(stream_generate(model, ids, sampling, cache_dtype=cache_dtype), pieces, quiet)
         finally:
             print(flush=True)
     except KeyboardInterrupt:

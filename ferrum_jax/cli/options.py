@@ -86,6 +86,12 @@ class Loading(Checkpoint):
     no_weight_cache: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
 
 
+CacheDtype = Annotated[
+    Literal["bfloat16", "float16", "float32", "int8"] | None,
+    arg(metavar="{bfloat16,float16,float32,int8}", help_behavior_hint=NO_DEFAULT),
+]
+
+
 def load_model(options: Loading, model: str) -> Model:
     """Start JAX and load a model; warnings about the checkpoint become lines on stderr.
 

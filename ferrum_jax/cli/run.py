@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ferrum_jax.cli.options import NO_DEFAULT, Loading, ModelName, UsageError, load_model, on_terminal
+from ferrum_jax.cli.options import NO_DEFAULT, CacheDtype, Loading, ModelName, UsageError, load_model, on_terminal
 from ferrum_jax.cli.output import DIM, Status, emit, say, size, styled, table
 from ferrum_jax.errors import BackendError, RequestError
 
@@ -45,6 +45,7 @@ class Run(Loading):
       frequency_penalty: subtracted once per time a token was written.
       seed: of the sampler; without it every run differs.
       stop: end the text before this string; may be given several times.
+      cache_dtype: of keys and values; without it the activations', and int8 takes half of bfloat16's memory.
       json: print one JSON object at the end instead of the text.
       verbose: say what loading took and what was compiled.
     """
@@ -63,6 +64,7 @@ class Run(Loading):
     frequency_penalty: Annotated[float, arg(metavar="X")] = 0.0
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint=NO_DEFAULT)] = None
     stop: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint=NO_DEFAULT)]] = ()
+    cache_dtype: CacheDtype = None
     json: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
     verbose: Annotated[bool, arg(aliases=("-v",), help_behavior_hint=NO_DEFAULT)] = False
 
@@ -81,7 +83,7 @@ class Run(Loading):
         if prompt is None:
             from ferrum_jax.cli.conversation import converse
 
-            return converse(model, sampling, self.system, self.raw, self.quiet)
+            return converse(model, sampling, self.system, self.raw, self.quiet, self.cache_dtype)
         self.answer(model, prompt, sampling)
         return 0
 
@@ -98,7 +100,7 @@ class Run(Loading):
 
         chat = model.tokenizer.chat_template is not None and not self.raw
         ids = message_ids(model, prompt, self.system) if chat else text_ids(model, prompt, self.system)
-        steps = stream_generate(model, ids, sampling)
+        steps = stream_generate(model, ids, sampling, cache_dtype=self.cache_dtype)
         pieces: list[str] = []
         if self.json:
             with Status(PREPARING, self.quiet) as status:

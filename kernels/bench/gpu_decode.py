@@ -16,6 +16,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -118,11 +119,11 @@ class Queue:
         return statistics.median(times)
 
 
-def kernels(queue: Queue, dispatches: int = 2) -> list[tuple[str, float, float]]:
-    """(kernel, launches of a step, microseconds of a step) by time, the sum of all and the span first."""
-    folder, steps = tempfile.mkdtemp(), dispatches * queue.count
+def kernels(run: Callable[[], None], steps: int) -> list[tuple[str, float, float]]:
+    """(kernel, launches of a step, microseconds of a step) of a run of so many steps; the span and the sum first."""
+    folder = tempfile.mkdtemp()
     with jax.profiler.trace(folder):
-        queue.run(dispatches)
+        run()
     [file] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     times: dict[str, list[float]] = collections.defaultdict(list)
     ends = []
@@ -144,6 +145,12 @@ def kernels(queue: Queue, dispatches: int = 2) -> list[tuple[str, float, float]]
         ("all kernels", sum(row[1] for row in rows), sum(row[2] for row in rows)),
         *rows,
     ]
+
+
+def print_kernels(found: list[tuple[str, float, float]], layers: int) -> None:
+    """A line for each of `kernels`, in shares of a layer."""
+    for name, launches, microseconds in found:
+        print(f"    {name[:60]:60} {launches / layers:6.2f} a layer {microseconds / layers:8.2f} us a layer")
 
 
 def main() -> None:
@@ -202,8 +209,7 @@ def main() -> None:
             flush=True,
         )
         if batch in numbers(args.profile) and count == numbers(args.dispatch)[0]:
-            for name, launches, microseconds in kernels(queue)[: args.rows]:
-                print(f"    {name[:60]:60} {launches / layers:6.2f} a layer {microseconds / layers:8.2f} us a layer")
+            print_kernels(kernels(partial(queue.run, 2), 2 * count)[: args.rows], layers)
         del queue, given
 
 

@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_toml_config(args.config)
     layers = args.layers or cfg.num_layers
-    cfg = dataclasses.replace(cfg, num_layers=layers, moe_layers=(), sliding_windows=(), implementation="triton")
+    cfg = dataclasses.replace(cfg, num_layers=layers, moe_layers=(), sliding_windows=())
     model = Model(cfg, random_tiles(cfg), cast(Any, NoText()), cast(Any, None))
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (args.requests, args.prompt))
     rows = max(1, args.read // args.prompt)

@@ -1,11 +1,12 @@
-"""The Mosaic GPU backend of Pallas: expert layers of many tokens on Hopper GPUs (compute capability 9.0).
+"""The Mosaic GPU backend of Pallas: products of 64 tokens and more on Hopper GPUs (compute capability 9.0).
 
-The name stands for both GPU backends: a layer goes to these kernels where they take its weights and were measured to
-be faster, and to the Triton kernels otherwise, as do products with one matrix.
+The name stands for both GPU backends: a layer, or a product with one matrix, goes to these kernels where they take
+its weights and were measured to be faster, and to the Triton kernels otherwise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from ferrum_kernels import triton, triton_route
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
-from ferrum_kernels.mosaic_matmul import Ring, product
+from ferrum_kernels.mosaic_matmul import Ring, multiprocessors, product
 from ferrum_kernels.tiles import TiledLinear
 from ferrum_kernels.triton_matmul import Rows
 from ferrum_kernels.triton_tiles import FOLDER
@@ -146,3 +147,49 @@ def run_experts(
     real = ((live >= 0) & (live < num_experts))[:, :, None]
     y = y.reshape(tokens, top_k, -1).astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None]
     return jnp.where(real, y, 0.0).sum(1).astype(x.dtype)
+
+
+LEAST_ROWS = 512  # of a product with one matrix; fewer stay with Triton
+MATRIX_RINGS = Ring((128,)), Ring((128,), parts=1), Ring((64,), stages=6), Ring((64,), parts=1, stages=6)
+
+
+def matrix_ring(rows: int, outputs: int, programs: int) -> Ring:
+    """How a product with one matrix is cut: the largest tiles of those that keep the programs about as busy.
+
+    >>> matrix_ring(4096, 2048, 132).outputs, matrix_ring(1024, 2048, 132).outputs
+    (256, 128)
+    """
+
+    def time(ring: Ring) -> float:
+        turns = -(-(-(-rows // ring.block) * (outputs // ring.outputs)) // programs)
+        # A smaller tile does less for what it copies and decodes: fitted to times on an H100.
+        return turns * (ring.block * ring.outputs + 64 * 64)
+
+    return min((ring for ring in MATRIX_RINGS if outputs % ring.outputs == 0), key=time)
+
+
+def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax.Array:
+    """`triton.gptq_matmul`, of many rows with these kernels.
+
+    Args:
+      x: bfloat16 or float16 [M, K], M at least 1.
+      w: one matrix, or a stack [L] of them with `layer`.
+      layer: index into the stack, or None.
+      out_dtype: of the result.
+
+    Returns:
+      [M, N].
+    """
+    rows, outputs = x.shape[0], w.n_per_expert
+    plain = w.bits == 4 and w.group_size == 128 and w.zeros is None and w.perm is None
+    sizes = rows >= LEAST_ROWS and w.k % 128 == 0 and outputs % 128 == 0
+    if not (plain and sizes and x.dtype == out_dtype == jnp.bfloat16):
+        return triton.gptq_matmul(x, w, layer, out_dtype)
+    ring = matrix_ring(rows, outputs, multiprocessors())
+    starts = jnp.arange(0, rows, ring.block, dtype=jnp.int32)
+    table = Rows(ring.block, jnp.zeros_like(starts), starts, jnp.minimum(rows - starts, ring.block), order=starts)
+    x = jnp.pad(x, ((0, -rows % 8), (0, 0)))  # shared memory holds them by eight
+    # The matrix is the only expert of its layer.
+    words, scales = (a[None] if layer is None else a[:, None] for a in (w.words, w.scales))
+    one = dataclasses.replace(w, words=words, scales=scales)
+    return product(x, one, None if layer is None else jnp.asarray(layer, jnp.int32), table, rows, ring)

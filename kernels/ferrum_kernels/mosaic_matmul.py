@@ -1,7 +1,7 @@
-"""The product kernel of the Mosaic GPU backend, for Hopper: the experts' products of many tokens.
+"""The product kernel of the Mosaic GPU backend, for Hopper: the experts' products of 64 tokens and more.
 
-A program stays on its multiprocessor and takes one tile after another: some outputs of a block's expert. Its third
-warpgroup copies weights and activations into a ring in shared memory; the other two decode weights in registers, where
+A program stays on its multiprocessor and takes one tile after another: some outputs of a block's expert. Its last
+warpgroup copies weights and activations into a ring in shared memory; the others decode weights in registers, where
 they are wgmma's left operand, so that tokens are its columns. A block is multiplied in as few columns as hold its rows.
 """
 
@@ -20,8 +20,9 @@ from ferrum_kernels.mosaic_registers import GROUP, RUN
 from ferrum_kernels.tiles import PLANE, TiledLinear
 from ferrum_kernels.triton_matmul import Rows
 
-# Registers of a thread: three times 168, as a block of 384 threads gets them, are shared out anew.
-COPYING, MULTIPLYING = {True: 56, False: 40}, {True: 224, False: 232}  # by whether rows are gathered
+# Registers of a thread that multiplies and of one that copies, by how many warpgroups multiply and whether rows are
+# gathered: those that all threads of a program get, 168 each of 384 threads and 96 of 640, are shared out anew.
+REGISTERS = {(2, True): (216, 72), (2, False): (232, 40), (4, True): (104, 56), (4, False): (112, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +31,17 @@ class Ring:
 
     Attributes:
       columns: how many rows of a block may be multiplied at once, ascending multiples of 8; the last is the block.
-      parts: tiles of 64 outputs, gate and up both counted, of each of two warpgroups: 1 or 2.
+      parts: tiles of 64 outputs, gate and up both counted, of each warpgroup that multiplies: 1 or 2.
       stages: groups of inputs in shared memory.
       lag: groups whose gathered rows are under way at a time, fewer than stages.
+      warpgroups: that multiply: 2, or 4 of one part each, for which up to 32 columns leave registers enough.
     """
 
     columns: tuple[int, ...] = (32, 64, 96, 128)
     parts: int = 2
     stages: int = 4
     lag: int = 2
+    warpgroups: int = 2
 
     @property
     def block(self) -> int:
@@ -48,7 +51,7 @@ class Ring:
     @property
     def outputs(self) -> int:
         """Of a program's tile, gate and up both counted."""
-        return 2 * 2 * RUN * self.parts
+        return 2 * RUN * self.parts * self.warpgroups
 
 
 def product(
@@ -79,39 +82,51 @@ def product(
     Returns:
       bfloat16 [out_rows, N] or [out_rows, N / 2]; rows that no block has are not written.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    n, programs = w.words.shape[-2], _multiprocessors()
+    n, programs = w.words.shape[-2], multiprocessors()
     out_columns = n // 2 if gated else n
     statics = _Statics(ring, pairs_per_row, by_pair, gated, w.num_experts, w.num_blocks, out_columns, programs)
     base = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,)) * w.num_experts
-    shared, stages, size = plgpu.SMEM, ring.stages, statics.size
-    copies = 2 * (2 if gated else 1)  # of words and scales
+    words, scales = w.words.reshape(-1, n // 2, 2 * PLANE), w.scales.reshape(-1, n)
+    tables = rows.experts, rows.starts, rows.counts, rows.order
+    return _run(statics, out_rows, x, words, scales, *tables, base)
+
+
+# A program of many layers traces and lowers the kernel once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    s: _Statics, out_rows: int, x: jax.Array, words: jax.Array, scales: jax.Array, *tables: jax.Array
+) -> jax.Array:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    ring, shared, stages = s.ring, plgpu.SMEM, s.ring.stages
+    copies = 2 * (2 if s.gated else 1)  # of words and scales
     call = plgpu.kernel(
-        functools.partial(_body, statics),
-        out_type=jax.ShapeDtypeStruct((out_rows, out_columns), jnp.bfloat16),
-        grid=(programs,),
+        functools.partial(_body, s),
+        out_type=jax.ShapeDtypeStruct((out_rows, s.out_columns), jnp.bfloat16),
+        grid=(s.programs,),
         grid_names=("program",),
-        num_threads=3,
+        num_threads=ring.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-        kernel_name="gptq_gated" if gated else "gptq_product",
+        kernel_name=s.name,
         scratch_types={
             "x_ring": shared((stages, ring.block, GROUP), jnp.bfloat16, transforms=pieces.transforms(64)),
-            "words_ring": shared((stages, ring.outputs, PLANE), jnp.uint16, transforms=pieces.transforms(PLANE)),
-            "scales_ring": shared((stages, ring.outputs), w.scales.dtype),
-            "staging": shared((2, ring.block, size), jnp.bfloat16, transforms=pieces.transforms(size)),
+            "words_ring": shared((stages, ring.outputs // 2, 2 * PLANE), jnp.uint16, transforms=pieces.transforms(64)),
+            "scales_ring": shared((stages, ring.outputs), scales.dtype),
+            "staging": shared(
+                (ring.warpgroups, ring.block, s.size), jnp.bfloat16, transforms=pieces.transforms(s.size)
+            ),
             "full": plgpu.Barrier(num_arrivals=copies + 1, num_barriers=stages),
-            "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "empty": plgpu.Barrier(num_arrivals=ring.warpgroups, num_barriers=stages),
         },
     )
-    words, scales = w.words.reshape(-1, n, PLANE), w.scales.reshape(-1, n)
-    return call(x, words, scales, rows.experts, rows.starts, rows.counts, rows.order, base)
+    return call(x, words, scales, *tables)
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
+    """Of the GPU, each of which runs one program."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "num_cores", None) or jax.devices()[0].core_count
 
@@ -128,6 +143,10 @@ class _Statics:
     programs: int
 
     @property
+    def name(self) -> str:
+        return "gptq_gated" if self.gated else "gptq_product"
+
+    @property
     def gathers(self) -> bool:
         return self.pairs_per_row > 0
 
@@ -139,7 +158,7 @@ class _Statics:
     @property
     def width(self) -> int:
         """Columns of the result of a tile."""
-        return 2 * self.ring.parts * self.size
+        return self.ring.warpgroups * self.ring.parts * self.size
 
     @property
     def tiles(self) -> int:
@@ -170,9 +189,10 @@ def _body(s: _Statics, *given: Any, **scratch: Any) -> None:
     from jax.experimental import pallas as pl
 
     refs = _Refs(*given, **scratch)
+    pieces.name_module(s.name)
     warpgroup = lax.axis_index("warpgroup")
-    pl.when(warpgroup == 2)(lambda: _copy(s, refs))
-    pl.when(warpgroup < 2)(lambda: _multiply(s, refs, warpgroup))
+    pl.when(warpgroup == s.ring.warpgroups)(lambda: _copy(s, refs))
+    pl.when(warpgroup < s.ring.warpgroups)(lambda: _multiply(s, refs, warpgroup))
 
 
 class _Work(NamedTuple):
@@ -228,7 +248,7 @@ def _copy(s: _Statics, refs: _Refs) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     lag, block = s.ring.lag, s.ring.block
-    plgpu.set_max_registers(COPYING[s.gathers], action="decrease")
+    plgpu.set_max_registers(REGISTERS[s.ring.warpgroups, s.gathers][1], action="decrease")
 
     def arrived(step: Any, under_way: int) -> None:
         """Say that a step's gathered rows are there, when only those of so many later steps are not."""
@@ -237,7 +257,7 @@ def _copy(s: _Statics, refs: _Refs) -> None:
         plgpu.barrier_arrive(refs.full.at[_slot(s, step)])
 
     def run(work: _Work, after: _Work) -> None:
-        where = None
+        where, first_group = None, (work.expert + refs.base[0]) * s.groups
         if s.gathers:
             sources = pieces.sources(block, s.pairs_per_row, 2 * refs.x.shape[-1])
             where = sources(refs.order, work.start, work.count)
@@ -247,15 +267,18 @@ def _copy(s: _Statics, refs: _Refs) -> None:
             slot = _slot(s, step)
             full = refs.full.at[slot]
             pl.when(step >= s.ring.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
-            group = (work.expert + refs.base[0]) * s.groups + k
+            group = first_group + k
             size = s.ring.outputs // (2 if s.gated else 1)
             for i in range(2 if s.gated else 1):
-                column = pl.multiple_of(i * s.out_columns + work.tile * s.width, 64)
-                to, from_ = (slot, pl.ds(i * size, size)), (group, pl.ds(column, size))
+                column, row = (
+                    pl.multiple_of(i * s.out_columns // per + work.tile * (s.width // per), 32) for per in (1, 2)
+                )
+                to, from_ = (slot, pl.ds(i * size // 2, size // 2)), (group, pl.ds(row, size // 2))
                 plgpu.copy_gmem_to_smem(refs.words.at[from_], refs.words_ring.at[to], full)
+                to, from_ = (slot, pl.ds(i * size, size)), (group, pl.ds(column, size))
                 plgpu.copy_gmem_to_smem(refs.scales.at[from_], refs.scales_ring.at[to], full)
             if s.gathers:
-                pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k)
+                pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k, work.count)
                 pieces.instruction("cp.async.commit_group;")
                 pl.when(step >= lag)(lambda: arrived(step - lag, lag))
             else:
@@ -280,11 +303,14 @@ def _multiply(s: _Statics, refs: _Refs, warpgroup: Any) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    plgpu.set_max_registers(MULTIPLYING[s.gathers], action="increase")
+    plgpu.set_max_registers(REGISTERS[s.ring.warpgroups, s.gathers][0], action="increase")
     _, row_layout, sums_layout, _ = pieces.layouts()
     first = [(warpgroup * s.ring.parts + part) * s.size for part in range(s.ring.parts)]
     other = s.width if s.gated else RUN  # from a part's first run to its second
     runs = [[pl.ds(pl.multiple_of(at + more, RUN), RUN) for more in (0, other)] for at in first]
+    # The words of two outputs are one row of 128 bytes: rows of 64 were copied more slowly.
+    half = [(warpgroup * s.ring.parts + part) * (s.size // 2) for part in range(s.ring.parts)]
+    words = [[pl.ds(pl.multiple_of(at + more, RUN // 2), RUN // 2) for more in (0, other // 2)] for at in half]
     decode = pieces.decode()
 
     def load_scale(ref: Any) -> Any:
@@ -302,7 +328,7 @@ def _multiply(s: _Statics, refs: _Refs, warpgroup: Any) -> None:
             """Sums and scales of this part and the later ones, which are decoded while this one is multiplied."""
             total, old = carry[part]
             new = [load_scale(refs.scales_ring.at[slot, run]) for run in runs[part]]
-            weights = decode(*(refs.words_ring.at[slot, r] for r in runs[part]))
+            weights = decode(*(refs.words_ring.at[slot, r] for r in words[part]))
             scaled = rescale(total, *old, *new)
 
             def scope(sums: Any) -> list[Any]:

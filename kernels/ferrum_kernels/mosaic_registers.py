@@ -18,22 +18,17 @@ THREADS = 128  # of a warpgroup
 
 
 def layouts() -> Any:
-    """Which thread holds what: a run's words, a run's scales, both runs' sums, 64 outputs as they are written."""
+    """Which thread holds what: a run's outputs as they are written, its scales, both runs' sums, their 64 outputs."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     tiled = plgpu.Layout.TILED
     pairs = ((8, 8), (2,))
-    words = tiled(plgpu.Tiling(((RUN, 8), *pairs)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    run = tiled(plgpu.Tiling(((RUN, 8), *pairs)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
     scales = tiled(
         plgpu.Tiling(((RUN,), (8,), (1,))), warp_dims=(-3,), lane_dims=(-2, plgpu.Replicated(4)), vector_dim=-1
     )
     both = tiled(plgpu.Tiling(((2 * RUN, 8), (RUN, 8), *pairs)), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-    return words, scales, plgpu.Layout._WGMMA_ACC_32BIT, both
-
-
-def words_transforms() -> Any:
-    """How a tile of containers [outputs, 32], and any other rows of 64 bytes, lie in shared memory."""
-    return transforms(32)
+    return run, scales, plgpu.Layout._WGMMA_ACC_32BIT, both
 
 
 def transforms(columns: int) -> Any:
@@ -63,28 +58,45 @@ def _one(register: Any) -> Any:
 
 
 def decode() -> Any:
-    """A function of two refs [32, 32] of containers: bfloat16 [64, 128], code - 8, as wgmma's left operand."""
+    """A function of two refs [16, 64] of containers, two outputs to a row: bfloat16 [64, 128], code - 8, for wgmma."""
+    import jax.experimental.mosaic.gpu as mgpu
     from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir.dialects import llvm
-
-    layout = layouts()[0].to_mgpu()
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
 
     def body(_: Any, *runs: Any) -> Any:
         i32, _, _, _, pair = _types()
-        words = [fa.FragmentedArray.load_tiled(r, 64, is_signed=False, layout=layout).registers.flat for r in runs]
+
+        def c(n: int) -> Any:
+            return mgpu.c(n, i32)
+
+        # A lane names the row of 16 bytes of one matrix: of output lane % 8 of the warp's eight, the piece lane / 8.
+        thread = _thread()
+        lane, warp = arith.andi(thread, c(31)), arith.shrui(thread, c(5))
+        output, piece = arith.andi(lane, c(7)), arith.shrui(lane, c(3))
+        row = arith.addi(arith.muli(warp, c(4)), arith.shrui(output, c(1)))
+        piece = arith.addi(arith.shli(arith.andi(output, c(1)), c(2)), piece)
+        inside = arith.addi(arith.muli(row, c(128)), arith.muli(arith.xori(piece, arith.andi(row, c(7))), c(16)))
+        four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+        words = []
+        for run in runs:
+            at = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(run)), inside)
+            text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+            loaded = _asm(four, text, "=r,=r,=r,=r,r", at, effects=True)
+            words.append([llvm.extractvalue(i32, loaded, [i]) for i in range(RUN // 8)])
         registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((2 * RUN, GROUP)), dtype=object)
         flat = registers.reshape(GROUP // RUN, RUN // 8, 2)
         for plane, column, run in np.ndindex(flat.shape):
-            word = llvm.bitcast(i32, words[run][column])
             # Two codes become 128 + code in bfloat16 by their bits; a fused multiply-add takes 136 away.
             text = "{ .reg .b32 t, m, u; mov.b32 m, 0xc308c308; mov.b32 u, 0x3f803f80; shr.b32 t, $1, SHIFT; "
             text += "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, t, u, m; }"
-            value = _asm(i32, text.replace("SHIFT", str(4 * plane)), "=r,r", word)
+            value = _asm(i32, text.replace("SHIFT", str(4 * plane)), "=r,r", words[run][column])
             flat[plane, column, run] = llvm.bitcast(pair, value)
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-    ref = plgpu.RefType(words_transforms())
+    ref = plgpu.RefType(transforms(64))
     result = plgpu.ShapeDtypeStruct((2 * RUN, GROUP), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
     return plgpu.inline_mgpu(arg_types=(ref, ref), return_type=result)(body)
 
@@ -180,7 +192,10 @@ def sources(block: int, pairs_per_row: int, row_bytes: int) -> Any:
 
 
 def gather(block: int, rows: int) -> Any:
-    """A function of x, `sources`, a ref [block, 128] in shared memory and a step: starts copying `rows` rows."""
+    """A function of x, `sources`, a ref [block, 128] in shared memory, a step and a count of rows: starts copying them.
+
+    There are at most `rows`. Rows behind them keep what they held: a column of a product is its row's alone.
+    """
     import jax.experimental.mosaic.gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -189,7 +204,7 @@ def gather(block: int, rows: int) -> Any:
 
     layout = plgpu.Layout.WG_STRIDED((block // 8 * THREADS,), vec_size=1)
 
-    def body(_: Any, x: Any, offsets: Any, to: Any, step: Any) -> None:
+    def body(_: Any, x: Any, offsets: Any, to: Any, step: Any, count: Any) -> None:
         i32, i64 = _types()[:2]
         thread = _thread()
 
@@ -207,15 +222,33 @@ def gather(block: int, rows: int) -> Any:
             offset = arith.addi(arith.extui(i64, _one(offsets.registers.flat[i])), arith.extui(i64, along))
             _asm(
                 ir.Type.parse("!llvm.void"),
-                f"cp.async.cg.shared.global [$0+{i * 2048}], [$1], 16;",
-                "r,l",
+                f"{{ .reg .pred p; setp.lt.s32 p, $2, $3; @p cp.async.cg.shared.global [$0+{i * 2048}], [$1], 16; }}",
+                "r,l,r,r",
                 base,
                 _at(x, offset),
+                arith.addi(row, c(8 * i)),
+                _scalar(count),
                 effects=True,
             )
 
     shared = plgpu.RefType(transforms(64))
-    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, shared, plgpu.Layout.WG_SPLAT(())))(body)
+    scalar = plgpu.Layout.WG_SPLAT(())
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, shared, scalar, scalar))(body)
+
+
+def name_module(name: str) -> None:
+    """Name the kernel's module for dumps, where JAX would number the modules of a process.
+
+    The number would be part of what is compiled: equal kernels would be compiled once each, and the compile cache would
+    not know them again when they are lowered in another order.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+
+    def body(launch: Any) -> None:
+        launch.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+
+    plgpu.inline_mgpu()(body)()
 
 
 def instruction(text: str) -> None:
@@ -239,9 +272,9 @@ def write(rows: int, gated: bool, by_pair: bool, out_columns: int) -> Any:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
-    runs, row, sums_layout, both = layouts()
+    one_run, row, sums_layout, both = layouts()
     columns = RUN if gated else 2 * RUN
-    layout = (runs if gated else both).to_mgpu()
+    layout = (one_run if gated else both).to_mgpu()
     pieces = columns // 8  # of 16 bytes in a row
     turns = -(-rows * pieces // THREADS)
 
@@ -286,7 +319,9 @@ def write(rows: int, gated: bool, by_pair: bool, out_columns: int) -> Any:
         values.store_tiled(mgpu.memref_transpose(shared, (1, 0, 3, 2)), 2 * columns)
         utils.warpgroup_barrier()
         vector = ir.VectorType.get((4,), i32)
-        for place, target in zip(there, targets, strict=True):
+        for at, (place, target) in enumerate(zip(there, targets, strict=True)):
+            if turns * THREADS > rows * pieces:  # some threads have no row
+                place = arith.minsi(place, c(rows - 1))
             swap = arith.andi(place if columns == 64 else arith.shrui(place, c(1)), c(pieces - 1))
             inside = arith.addi(arith.muli(place, c(2 * columns)), arith.muli(arith.xori(piece, swap), c(16)))
             value = llvm.load(vector, _at(shared, arith.extui(i64, inside)))
@@ -297,7 +332,7 @@ def write(rows: int, gated: bool, by_pair: bool, out_columns: int) -> Any:
                 ir.Type.parse("!llvm.void"),
                 "{ .reg .pred p; setp.lt.s32 p, $0, $1; @p st.global.v4.b32 [$2], {$3, $4, $5, $6}; }",
                 "r,r,l,r,r,r,r",
-                place,
+                there[at],
                 count,
                 _at(out, arith.addi(offset, arith.extui(i64, along))),
                 *parts,

@@ -40,8 +40,9 @@ def default_implementation(platform: str | None = None) -> str:
       platform: a JAX platform name; None means the default device's.
 
     Returns:
-      "cpu" where its kernels were built, else "xla"; "triton" on NVIDIA GPUs; "apple" on Apple's plugins. A weight that
-      the CPU kernels do not take (2 or 3 bits) goes to "xla" all the same; one that the GPU kernels do not take raises.
+      "cpu" where its kernels were built, else "xla"; "mosaic" on Hopper GPUs with jax 0.11 or later, "triton" on other
+      NVIDIA GPUs; "apple" on Apple's plugins. A weight that the CPU kernels do not take (2 or 3 bits) goes to "xla" all
+      the same; one that the GPU kernels do not take raises.
 
     Raises:
       BackendError: no kernel of this package is made for the platform.
@@ -57,6 +58,8 @@ def default_implementation(platform: str | None = None) -> str:
             f'implementation="xla" runs on any platform, one dequantised expert at a time, and is slow on a GPU.'
         )
     best = _BEST[platform.lower()]
+    if best == triton.NAME and mosaic.unavailable() is None:
+        return mosaic.NAME
     return "xla" if best == "cpu" and unavailable() else best
 
 
@@ -181,7 +184,7 @@ def gptq_matmul(
         if name in cpu.NAMES and rows.shape[0]:
             return _cpu_matmul(rows, w, layer, cpu.int8(name, x.dtype), dtype)
         if name in mosaic.NAMES and rows.shape[0]:
-            return _triton_matmul(rows, w, layer, dtype)
+            return _gpu_matmul(mosaic if name == mosaic.NAME else triton, rows, w, layer, dtype)
         one = _one(w, layer)
         one = untile(one) if isinstance(one, TiledLinear) else one
         if name == "reference":
@@ -204,9 +207,9 @@ def _cpu_matmul(x: jax.Array, w: Any, layer: Any, rounded: bool, dtype: Any) -> 
     return _kernel_matmul(lambda x, w, i, out: cpu.gptq_matmul(x, w, i, rounded, out), x, w, layer, dtype)
 
 
-def _triton_matmul(x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:
+def _gpu_matmul(backend: Any, x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:
     triton.check_dtype(x)
-    return _kernel_matmul(triton.gptq_matmul, x, w, layer, dtype)
+    return _kernel_matmul(backend.gptq_matmul, x, w, layer, dtype)
 
 
 def _kernel_matmul(kernel: Callable[..., jax.Array], x: jax.Array, w: Any, layer: Any, dtype: Any) -> jax.Array:

@@ -73,7 +73,7 @@ def route(
             jax.ShapeDtypeStruct((chunks(tokens), lanes), jnp.int32),
         ),
         grid=(chunks(tokens),),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if rows > 8 else 4, num_stages=1),
         interpret=interpret,
         name="route",
     )(*given)
@@ -161,7 +161,7 @@ def place(
         functools.partial(_place_kernel, experts, chunk(tokens) * top_k, block, blocks, parts),
         out_shape=(jax.ShapeDtypeStruct((tokens * top_k,), jnp.int32), table, table, table),
         grid=(parts + -(-blocks // SUB),),  # chunks of pairs, then pieces of the tables of blocks
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="place",
     )(live.reshape(-1), counts)

@@ -95,6 +95,19 @@ def test_rows_draw_tokens_of_their_own(sizes: str, capsys: pytest.CaptureFixture
     assert 5 < found["decode"][0]["distinct_tokens"] <= 8 and found["temperature"] == 100
 
 
+def test_a_cache_in_int8_is_smaller(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--layers", "1", "--context", "24", "--new-tokens", "2", "--repeats", "1", "--dtype", "float32"]
+    lines = []
+    for more in ([], ["--cache-dtype", "int8"]):
+        assert main(["bench", "--synthetic", sizes, *arguments, *more, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["cache_dtype"] == (more or ["float32"])[-1]
+        lines += report["decode"]
+    full, codes = lines
+    assert codes["cache_bytes"] < 0.6 * full["cache_bytes"]
+    assert codes["live_cache_bytes"] < 0.6 * full["live_cache_bytes"]
+
+
 def test_a_report_against_itself_has_ratios_of_one(report: tuple[str, dict[str, Any]]) -> None:
     path, found = report
     compared = bench_compare.compare(found, bench_compare.read_report(path))
@@ -123,10 +136,10 @@ def test_rows_that_do_not_fit_say_so_and_the_others_are_measured(
     held = 2 * 3 * 64 * 16 * 2 * 4 + 8  # keys and values of two rows of 64 tokens
     real = bench_sweep._check_cache
 
-    def small(model: fj.Model, batch: int, slots: int) -> int:
+    def small(model: fj.Model, batch: int, slots: int, cache_dtype: str | None) -> int:
         with monkeypatch.context() as patch:
             patch.setattr("ferrum_jax.environment.free_memory", lambda: held)
-            return real(model, batch, slots)
+            return real(model, batch, slots, cache_dtype)
 
     monkeypatch.setattr(bench_sweep, "_check_cache", small)
     arguments = ["--batch", "2,3", "--context", "8", "--new-tokens", "4", "--repeats", "1", "--dtype", "float32"]

@@ -53,6 +53,15 @@ def test_json_holds_the_reference_tokens(capsys):
     assert report["stats"]["decode_tokens_per_second"] > 0 and report["stats"]["first_token_seconds"] > 0
 
 
+def test_a_cache_in_int8_writes_nearly_the_same(capsys):
+    plain, codes = (
+        answer(capsys, "demo", PROMPT, "--max-tokens", "8", *EXACT, *more) for more in ([], ["--cache-dtype", "int8"])
+    )
+    assert codes["tokens"][:4] == plain["tokens"][:4]
+    assert main(["run", "demo", PROMPT, "--cache-dtype", "int4"]) == 2
+    assert "int4" in capsys.readouterr().err
+
+
 def test_a_pipe_gets_the_continuation_alone_and_stderr_the_statistics(capsys):
     assert main(["run", "demo", PROMPT, "--max-tokens", "24", *EXACT]) == 0
     out, err = capsys.readouterr()
@@ -112,7 +121,7 @@ def test_a_broken_model_is_an_error(capsys, monkeypatch, tiny):
     from ferrum_jax.generation import Stats, Step
 
     broken = Step("", 0, float("nan"), "nonfinite_logits", Stats(2, 1, 0.1, 0.0, 0.0))
-    monkeypatch.setattr("ferrum_jax.generation.stream_generate", lambda *_: iter([broken]))
+    monkeypatch.setattr("ferrum_jax.generation.stream_generate", lambda *_, **__: iter([broken]))
     for extra in ([], ["--json"]):
         assert main(["run", str(tiny), "hi", *extra]) == 1
         assert "error: the model gave logits that are NaN or infinite after 1 tokens" in capsys.readouterr().err

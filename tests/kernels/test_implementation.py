@@ -42,9 +42,9 @@ def test_each_platform_has_a_best_one(platform, name):
     assert default_implementation(platform) == name
 
 
-def test_a_hopper_gpu_keeps_the_kernels_that_were_tested_on_one(monkeypatch):
+def test_a_hopper_gpu_takes_the_kernels_made_for_it(monkeypatch):
     monkeypatch.setattr(ops.mosaic, "unavailable", lambda: None)
-    assert default_implementation("cuda") == "triton"  # until the tests of mosaic have passed on a GPU
+    assert [default_implementation(name) for name in ("cuda", "gpu", "mps")] == ["mosaic", "mosaic", "apple"]
 
 
 def test_the_cpu_has_its_kernels_where_they_were_built(monkeypatch):

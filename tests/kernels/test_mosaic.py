@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ferrum_kernels import gptq_matmul, mosaic, tile, triton
+from ferrum_kernels import gptq_matmul, mosaic, tile, triton, triton_route
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.mosaic_matmul import Ring
 from ferrum_kernels.tiles import TiledLinear
@@ -25,25 +25,54 @@ def stack(k: int, n: int, experts: int = 128, **fields) -> TiledLinear:
     return TiledLinear(words, scales, group_size=128, shape=(k, n), **fields)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
-@pytest.mark.parametrize("ring", [Ring(), Ring((16, 32, 48, 64), parts=1, stages=8)])
-def test_a_layer_lowers_for_cuda(ring):
-    pairs = STRUCT((300, 8), jnp.int32)
-    counts = STRUCT((75, 128), jnp.int32)
+needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
+FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
 
-    def layer(x, live, weights, counts, gate_up, down):
-        return mosaic.run_experts(x, live, weights, counts, gate_up, down, 1, ring, ring)
 
-    weights = STRUCT(pairs.shape, jnp.float32)
-    args = (pairs, weights, counts, stack(2048, 1536), stack(768, 2048))
-    text = lower_for_cuda(layer, STRUCT((300, 2048), jnp.bfloat16), *args)
-    assert len(set(re.findall(r"gptq_(?:gated|product)_mosaic_gpu", text))) == 2
+def lowered(tokens: int, ring: Ring, layers: int = 1) -> str:
+    def run(x, live, weights, counts, gate_up, down):
+        for layer in range(layers):
+            x = mosaic.run_experts(x, live, weights, counts, gate_up, down, layer, ring, ring)
+        return x
+
+    pairs = STRUCT((tokens, 8), jnp.int32)
+    counts = STRUCT((triton_route.chunks(tokens), 128), jnp.int32)
+    args = (pairs, STRUCT(pairs.shape, jnp.float32), counts, stack(2048, 1536), stack(768, 2048))
+    return lower_for_cuda(run, STRUCT((tokens, 2048), jnp.bfloat16), *args)
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize(
+    ("tokens", "ring"),
+    [(300, Ring()), (300, Ring((16, 32, 48, 64), parts=1, stages=8)), (16, FEW), (64, Ring((8, 24), stages=9))],
+)
+def test_a_layer_lowers_for_cuda(tokens, ring):
+    assert len(set(re.findall(r"gptq_(?:gated|product)_mosaic_gpu", lowered(tokens, ring)))) == 2
+
+
+@needs_jax_0_11
+def test_equal_kernels_are_compiled_once_whatever_was_lowered_before():
+    def kernels(layers):
+        return set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered(64, FEW, layers)))
+
+    both = kernels(3)
+    assert len(both) == 2
+    lowered(16, FEW)
+    assert kernels(2) == both
 
 
 def test_few_tokens_stay_with_triton():
-    assert mosaic.rings(8, 128) is None
-    assert [ring.block for ring in mosaic.rings(8 * 512, 128) or ()] == [64, 64]
-    assert [ring.block for ring in mosaic.rings(8 * 4096, 128) or ()] == [128, 128]
+    assert [mosaic.rings(8 * tokens, 128) for tokens in (1, 16, 32)] == [None] * 3
+
+
+def test_blocks_grow_with_the_load():
+    cuts = [mosaic.rings(8 * tokens, 128) or () for tokens in (64, 128, 256, 512, 4096)]
+    assert [[ring.block for ring in cut] for cut in cuts] == [[8, 8], [16, 16], [24, 24], [64, 64], [128, 128]]
+    # The registers of four warpgroups hold one part each, and shared memory the ring and what is written.
+    for ring in {ring for cut in cuts for ring in cut}:
+        assert ring.parts == 1 or ring.warpgroups == 2
+        group = ring.outputs * (64 + 2) + ring.block * 256
+        assert ring.stages * group + ring.warpgroups * ring.block * 128 < 227 * 1024
 
 
 @pytest.mark.parametrize(
@@ -108,3 +137,24 @@ def test_other_cards_and_versions_are_told_apart(monkeypatch, capability, versio
     monkeypatch.setattr(jax, "devices", lambda: [Card(capability)])
     monkeypatch.setattr(jax, "__version_info__", version)
     assert mosaic.unavailable() == problem
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
+def test_a_product_of_many_rows_lowers_for_cuda():
+    w = STRUCT((2, 16, 512, 32), jnp.uint16), STRUCT((2, 16, 512), jnp.float16)
+    one = TiledLinear(*w, group_size=128, shape=(2048, 512))
+
+    def kernels(rows: int, dtype: str) -> list[str]:
+        x = STRUCT((rows, 2048), jnp.bfloat16)
+        text = lower_for_cuda(lambda x, w: mosaic.gptq_matmul(x, w, 1, jnp.dtype(dtype)), x, one)
+        return re.findall(r"gptq_product_mosaic_gpu", text)
+
+    assert kernels(513, "bfloat16")
+    assert not kernels(513, "float32")
+    assert not kernels(511, "bfloat16")
+
+
+def test_a_matrix_is_cut_for_all_multiprocessors():
+    for rows, outputs, tiles in ((512, 5120, 20 * 4), (1024, 5120, 40 * 8), (1024, 2048, 16 * 8), (4096, 2048, 8 * 32)):
+        ring = mosaic.matrix_ring(rows, outputs, 132)
+        assert -(-rows // ring.block) * (outputs // ring.outputs) == tiles

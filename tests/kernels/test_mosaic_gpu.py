@@ -19,10 +19,14 @@ pytestmark = [
     ignore_deprecation,
     pytest.mark.skipif(mosaic.unavailable() is not None, reason="not a Hopper GPU"),
 ]
-TWO_ROUNDINGS = 2.9e-3
+# silu(gate) * up, each pair's output and their sum are rounded to bfloat16, 1.66e-3 each: 2.87e-3 for all three, which
+# scatters with the few numbers that are compared.
+ONE_ROUNDING, THREE_ROUNDINGS = 2e-3, 3.3e-3
 E, K, WIDTH, FEATURES = 16, 4, 512, 256
 SMALL = Ring((16, 32, 48, 64), stages=6)
 NARROW = Ring((32, 64, 96, 128), parts=1)
+FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
+DEEP = Ring((8, 24), stages=9)
 
 
 @functools.cache
@@ -38,7 +42,10 @@ def run(x, logits, mask, stacks, ring):
     return live, weights, mosaic.run_experts(x, live, weights, counts, stacks[0], stacks[1], 1, ring, ring)
 
 
-@pytest.mark.parametrize(("tokens", "ring"), [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring())])
+@pytest.mark.parametrize(
+    ("tokens", "ring"),
+    [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring()), (7, FEW), (77, FEW), (77, DEEP)],
+)
 @pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked"])
 def test_a_layer(tokens, load, ring):
     stacks, dense_up, dense_down = layer()
@@ -54,9 +61,25 @@ def test_a_layer(tokens, load, ring):
     some = np.random.default_rng(0).permutation(tokens)[:40]
     picked = np.asarray(x)[some], np.asarray(live)[some], np.asarray(weights)[some]
     expected = expert_layer(*picked, dense_up, dense_down)
-    assert relative(np.asarray(y)[some], expected) < TWO_ROUNDINGS
+    assert relative(np.asarray(y)[some], expected) < THREE_ROUNDINGS
     assert np.isfinite(np.asarray(y, np.float32)).all()
     assert (run(x, logits, mask, stacks, ring)[2] == y).all()
+
+
+@pytest.mark.parametrize("ring", mosaic.MATRIX_RINGS)
+@pytest.mark.parametrize("rows", [512, 1025])
+def test_one_matrix(rows, ring, monkeypatch):
+    (_, down), _, dense = layer()
+    dense = dense[0]
+    w = jax.tree.map(lambda a: a[:, 0], down)
+    poisoned = type(w)(w.words, w.scales.at[0].set(jnp.nan), group_size=128, shape=w.shape)
+    monkeypatch.setattr(mosaic, "MATRIX_RINGS", (ring,))
+    x = jnp.asarray(np.random.default_rng().standard_normal((rows, FEATURES)), jnp.bfloat16)
+    jax.block_until_ready(jnp.full((rows, WIDTH), jnp.nan, jnp.bfloat16)).delete()
+    multiply = jax.jit(lambda x, w, layer: mosaic.gptq_matmul(x, w, layer, jnp.bfloat16))
+    y = multiply(x, poisoned, 1)
+    assert relative(y, np.asarray(x, np.float64) @ dense) < ONE_ROUNDING
+    assert (multiply(x, poisoned, 1) == y).all()
 
 
 def test_scales_of_any_size():
@@ -73,4 +96,4 @@ def test_scales_of_any_size():
     weights = jnp.full((64, K), 1 / K, jnp.float32)
     got = mosaic.run_experts(x, live, weights, None, up, down, None, Ring(), Ring())
     expected = triton.experts(x, live, weights, None, up, down, None)
-    assert relative(got, np.asarray(expected, np.float64)) < TWO_ROUNDINGS
+    assert relative(got, np.asarray(expected, np.float64)) < THREE_ROUNDINGS
