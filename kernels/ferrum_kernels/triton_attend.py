@@ -150,8 +150,8 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
             arrived = plgpu.atomic_add(out["arrived"], (counter,), jnp.int32(1))
 
             def last() -> None:
+                plgpu.atomic_add(out["arrived"], (counter,), -mine.parts)  # zero for the next layer
                 add()
-                out["arrived"][counter] = jnp.int32(0)  # for the next layer
 
             pl.when(arrived == mine.parts - 1)(last)
 
