@@ -41,7 +41,7 @@ jax.tree_util.register_dataclass(Aux, data_fields=["hidden", "routing"], meta_fi
 
 
 def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with_aux: bool = False) -> Any:
-    """Logits of every position, without a cache.
+    """Logits of every position, without a cache; attention is XLA's here, whatever the implementation.
 
     Args:
       params: the model's pytree.
