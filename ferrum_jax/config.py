@@ -209,7 +209,8 @@ class ModelConfig:
       lm_head_bits: 4 or 8 holds an output projection that the checkpoint stores unquantised in so many bits, beside the
         embedding where it is tied; None as the checkpoint has it.
       dtype: dtype of activations and unquantised weights.
-      implementation: name of the kernels to use, None for the best of the device.
+      implementation: name of the kernels to use, None for the best of the device; where that is a GPU's and its
+        attention does not take the heads or the cache, XLA attends. A backend that is named refuses them instead.
       eos_token_ids: ids that end a text.
       bos_token_id: id that begins a text, if any.
       pad_token_id: id used for padding, if any.

@@ -21,6 +21,8 @@ from ferrum_jax.stack import Attend, Params, Place, run_layers
 from ferrum_kernels import cpu, mosaic, triton_attention
 from ferrum_kernels.contract import einsum, is_traced
 
+State = tuple[Cache, jax.Array | None]  # what attention carries from layer to layer: a cache, and counters or None
+
 
 @dataclasses.dataclass(frozen=True)
 class Aux:
@@ -39,7 +41,7 @@ jax.tree_util.register_dataclass(Aux, data_fields=["hidden", "routing"], meta_fi
 
 
 def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with_aux: bool = False) -> Any:
-    """Logits of every position, without a cache.
+    """Logits of every position, without a cache; attention is XLA's here, whatever the implementation.
 
     Args:
       params: the model's pytree.
@@ -154,11 +156,16 @@ def _extend(
     possible = (lengths >= 0) & (lengths <= length) & (total <= room(cache))
     # A row without room writes nothing: kernels trust that what a row holds has slots.
     live = jnp.where(possible, lengths, 0)
-    attend = _attention_of(cfg, cache)(positions, angles, cache.lengths, live, cfg)
+    attention_of = _attention_of(cfg, cache)
+    attend = attention_of(positions, angles, cache.lengths, live, cfg)
+    # Kernels that share a row count in here who is done; zeroed once a step, and by each layer for the next.
+    arrived = None
+    if attention_of is _attend_on_triton and length == 1:
+        arrived = triton_attention.arrivals(tokens.shape[0], cfg.num_kv_heads)
 
     x = _embed(params, tokens, cfg)
     mask = offsets < lengths[:, None]
-    x, y, cache, _ = run_layers(params, x, mask, cfg, attend, cache, False)
+    x, y, (cache, _), _ = run_layers(params, x, mask, cfg, attend, (cache, arrived), False)
     if length > 1:
         last = jnp.clip(lengths - 1, 0)[:, None, None]
         x, y = (jnp.take_along_axis(part, last, axis=1) for part in (x, y))
@@ -174,7 +181,8 @@ def _attend(
     # jax-metal has no scatter; everywhere else it is what writes in place.
     scatter = implementation_of(cfg) != "apple"
 
-    def attend(p: Params, x: jax.Array, cache: Cache, at: Place) -> tuple[jax.Array, Cache]:
+    def attend(p: Params, x: jax.Array, state: State, at: Place) -> tuple[jax.Array, State]:
+        cache, arrived = state
         q, *new = _heads(_project(p, x, at, cfg), p, positions, angles, cfg)
         cache = put(cache, (new[0], new[1]), at.layer, start, count, scatter)
         k, v = rows(cache, at.layer, q.dtype)
@@ -182,7 +190,7 @@ def _attend(
         slots = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32)[None], (batch, capacity))
         # An unseen value weighs zero, and zero times a NaN that a slot once held would still be NaN.
         v = jnp.where((slots < (start + count)[:, None])[..., None, None], v, 0)
-        return attention(q, k, v, _visible(positions, slots, at.window)), cache
+        return attention(q, k, v, _visible(positions, slots, at.window)), (cache, arrived)
 
     return attend
 
@@ -193,13 +201,14 @@ def _attend_on_cpu(
     """The same in one kernel, which reads what each row has read and no more."""
     cosine, sine = rope_tables(positions, *angles)
 
-    def attend(p: Params, x: jax.Array, cache: Cache, at: Place) -> tuple[jax.Array, Cache]:
+    def attend(p: Params, x: jax.Array, state: State, at: Place) -> tuple[jax.Array, State]:
+        cache, arrived = state
         norms = (p["q_norm"], p["k_norm"]) if cfg.qk_norm else None
         q, k, v = _project(p, x, at, cfg)
         y, (keys, values) = cpu.attention(
             q, k, v, norms, cfg.rms_norm_eps, cosine, sine, (cache.k, cache.v), at.layer, start, count, at.window
         )
-        return y, dataclasses.replace(cache, k=keys, v=values)
+        return y, (dataclasses.replace(cache, k=keys, v=values), arrived)
 
     return attend
 
@@ -210,7 +219,8 @@ def _attend_on_triton(
     """The same in kernels for NVIDIA GPUs, which read what each row has read and no more."""
     cosine, sine = rope_tables(positions, *angles)
 
-    def attend(p: Params, x: jax.Array, cache: Cache, at: Place) -> tuple[jax.Array, Cache]:
+    def attend(p: Params, x: jax.Array, state: State, at: Place) -> tuple[jax.Array, State]:
+        cache, arrived = state
         norms = (at.run["attn"]["q_norm"], at.run["attn"]["k_norm"]) if cfg.qk_norm else None
         scales = None if cache.k_scale is None else (cache.k_scale, cache.v_scale)
         table = cache.table if isinstance(cache, PagedCache) else None
@@ -219,18 +229,24 @@ def _attend_on_triton(
         if "qkv" in p:
             product = linear_parts if x.shape[1] == 1 else linear
             qkv = product(x, p["qkv"], cfg, p.get("qkv_bias"), layer=at.index)
-            y, pools, scales = triton_attention.attention_fused(qkv, *rest, norm_layer=at.index, dtype=x.dtype)
+            y, pools, scales, arrived = triton_attention.attention_fused(
+                qkv, *rest, norm_layer=at.index, dtype=x.dtype, arrived=arrived
+            )
         else:
             q, k, v = _project(p, x, at, cfg)
-            y, pools, scales = triton_attention.attention(q, k, v, *rest, norm_layer=at.index)
+            y, pools, scales, arrived = triton_attention.attention(q, k, v, *rest, norm_layer=at.index, arrived=arrived)
         k_scale, v_scale = scales or (None, None)
-        return y, dataclasses.replace(cache, k=pools[0], v=pools[1], k_scale=k_scale, v_scale=v_scale)
+        cache = dataclasses.replace(cache, k=pools[0], v=pools[1], k_scale=k_scale, v_scale=v_scale)
+        return y, (cache, arrived)
 
     return attend
 
 
 def _attention_of(cfg: ModelConfig, cache: Cache) -> Callable[..., Attend]:
-    """Which of the three above reads this cache."""
+    """Which of the three above reads this cache.
+
+    A GPU backend that was named refuses what its kernels do not take; as the default it leaves that to XLA.
+    """
     paged, codes = isinstance(cache, PagedCache), cache.k_scale is not None
     implementation = implementation_of(cfg)
     if paged and implementation == "apple":
@@ -240,10 +256,18 @@ def _attention_of(cfg: ModelConfig, cache: Cache) -> Callable[..., Attend]:
         )
     if uses_cpu_kernels(cfg) and not paged and not codes and cfg.head_dim % 2 == 0 and cfg.head_dim <= cpu.MOST_HEAD:
         return _attend_on_cpu
-    takes = triton_attention.takes(cfg.dtype, cfg.head_dim) and (codes or cache.k.dtype == jnp.dtype(cfg.dtype))
-    if isinstance(cache, PagedCache):
-        takes = takes and cache.page >= 16 and cache.page & (cache.page - 1) == 0
-    return _attend_on_triton if implementation in mosaic.NAMES and takes else _attend
+    if implementation not in mosaic.NAMES:
+        return _attend
+    page = cache.page if isinstance(cache, PagedCache) else None
+    problem = triton_attention.refuses(cfg.dtype, cfg.head_dim, cache.k.dtype, page)
+    if problem is None:
+        return _attend_on_triton
+    if cfg.implementation is not None:
+        raise BackendError(
+            f'implementation="{implementation}" cannot read this cache: {problem}. Make another cache, or leave '
+            f"implementation out: then XLA attends, and the products stay with the kernels."
+        )
+    return _attend
 
 
 def _project(p: Params, x: jax.Array, at: Place, cfg: ModelConfig) -> tuple[jax.Array, ...]:

@@ -80,7 +80,7 @@ def init_paged_cache(
       cfg: the model.
       batch: B, rows.
       pages: P, pages that the rows share.
-      page: slots of a page.
+      page: slots of a page; attention's GPU kernels take powers of two from 16.
       length: tokens a row can hold, at most cfg.max_position; None means what is left of the pool for each row. It
         is rounded up to whole pages.
       dtype: of keys and values, a float or "int8"; None means cfg.dtype.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax import model
+from ferrum_jax import layers, model
 from ferrum_jax.config import QuantConfig
 from ferrum_kernels import TiledLinear, is_weight, triton, triton_parts, triton_tiles
 from ferrum_kernels.errors import BackendError
@@ -138,23 +139,36 @@ def test_a_whole_model_equals_the_portable_one(demo, monkeypatch):
         assert relative(found, expected) < 1e-2
 
 
-def test_its_attention_is_chosen_where_activations_cache_and_heads_suit_it(demo):
-    cfg = dataclasses.replace(demo[0], implementation="triton")
+def attention_of(cfg, dtype=None, page=None, **changes):
+    cfg = dataclasses.replace(cfg, **changes)
+    empty = fj.init_cache(cfg, 1, 32, dtype) if page is None else fj.init_paged_cache(cfg, 1, 2, page, dtype=dtype)
+    return model._attention_of(cfg, empty)
 
-    def of(dtype=None, page=None, **changes):
-        other = dataclasses.replace(cfg, **changes)
-        new = (
-            fj.init_cache(other, 1, 32, dtype) if page is None else fj.init_paged_cache(other, 1, 2, page, dtype=dtype)
-        )
-        return model._attention_of(other, new)
 
-    kernels = [of(), of("int8"), of(page=16), of("int8", page=32)]
-    portable = [of("float32"), of(dtype="float32", page=16), of(page=8), of(page=24), of(head_dim=48)]
-    assert kernels == [model._attend_on_triton] * 4 and portable == [model._attend] * 5
-    cfg = dataclasses.replace(cfg, dtype="float32")
-    assert of() is of("bfloat16") is model._attend
-    cfg = dataclasses.replace(cfg, dtype="bfloat16", implementation="xla")
-    assert of() is model._attend
+NOT_TAKEN = {
+    "caches of the activations' dtype, bfloat16, and int8; this one is of float32": {"dtype": "float32"},
+    "pages of a power of two from 16; these are of 8": {"page": 8},
+    "pages of a power of two from 16; these are of 24": {"page": 24},
+    "heads of 16, 32, 64, 128 and 256; these are of 48": {"head_dim": 48},
+}
+
+
+@pytest.mark.parametrize("name", ["triton", None])
+def test_its_attention_is_chosen_where_activations_cache_and_heads_suit_it(demo, name, monkeypatch):
+    monkeypatch.setattr(layers, "default_implementation", lambda: "triton")
+    cfg = dataclasses.replace(demo[0], implementation=name)
+    for given in ({}, {"dtype": "int8"}, {"page": 16}, {"dtype": "int8", "page": 32}):
+        assert attention_of(cfg, **given) is model._attend_on_triton
+    assert attention_of(dataclasses.replace(cfg, implementation="xla")) is model._attend
+
+
+@pytest.mark.parametrize("problem", NOT_TAKEN)
+def test_what_its_attention_does_not_take_goes_to_xla_unless_it_was_named(demo, problem, monkeypatch):
+    monkeypatch.setattr(layers, "default_implementation", lambda: "triton")
+    assert attention_of(dataclasses.replace(demo[0], implementation=None), **NOT_TAKEN[problem]) is model._attend
+    expected = re.escape(f'implementation="triton" cannot read this cache: its attention takes {problem}. Make another')
+    with pytest.raises(BackendError, match=expected):
+        attention_of(dataclasses.replace(demo[0], implementation="triton"), **NOT_TAKEN[problem])
 
 
 def test_act_order_experts_are_folded_and_stay_one_model(tmp_path):

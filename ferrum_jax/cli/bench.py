@@ -330,6 +330,8 @@ def _head(report: dict[str, Any]) -> Iterator[str]:
     device, versions = report["device"], report["versions"]
     head = "" if report["lm_head_bits"] is None else f" · lm_head in {report['lm_head_bits']} bits"
     yield f"{report['model']}   {report['layers']} layers · {report['dtype']} · {report['implementation']}{head}"
+    if report["xla_attends_because"]:
+        yield f"XLA attends, not {report['implementation']}: {report['xla_attends_because']}"
     yield (
         f"{device['platform']} ({device['kind']}) · ferrum_jax {versions['ferrum_jax']} · jax {versions['jax']} · "
         f"jaxlib {versions['jaxlib']} · Python {versions['python']}"

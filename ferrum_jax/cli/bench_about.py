@@ -13,6 +13,7 @@ from ferrum_jax.environment import installed
 
 if TYPE_CHECKING:
     from ferrum_jax.checkpoint.load import Model
+    from ferrum_jax.config import ModelConfig
 
 
 def about(options: Any, model: Model) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def about(options: Any, model: Model) -> dict[str, Any]:
         "cache_dtype": options.cache_dtype or model.cfg.dtype,
         "lm_head_bits": model.cfg.lm_head_bits,
         "implementation": _implementation(model),
+        "xla_attends_because": xla_attends_because(model.cfg, options.cache_dtype),
         "date": datetime.date.today().isoformat(),
         "device": _device(),
         "versions": _versions(),
@@ -60,6 +62,14 @@ def _implementation(model: Model) -> str:
     from ferrum_jax.kernels import default_implementation
 
     return model.cfg.implementation or default_implementation()
+
+
+def xla_attends_because(cfg: ModelConfig, cache_dtype: str | None) -> str | None:
+    """Why attention is not in the kernels of the GPU's backend, or None: it is, or the backend is another."""
+    from ferrum_jax.layers import uses_triton
+    from ferrum_kernels.triton_attention import refuses
+
+    return refuses(cfg.dtype, cfg.head_dim, cache_dtype or cfg.dtype) if uses_triton(cfg) else None
 
 
 def _device() -> dict[str, Any]:

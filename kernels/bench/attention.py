@@ -1,7 +1,7 @@
 """Time attention of a layer on an NVIDIA GPU: python kernels/bench/attention.py --help.
 
 From the product of queries, keys and values to what the output projection takes: head norms, rotation, cache write and
-attention, one new token per row (decode) or a prompt (prefill). A call loops over several layers of the cache, so that
+attention, one new token per row (decode) or a prompt (prefill). A call loops over so many layers of the cache that
 nothing is read from the GPU's own cache; times are of calls queued behind each other, divided by the turns. Where a
 turn is short, launching it is half of it. Bytes are those of the live cache, keys, values and scales, read once.
 """
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.config_file import load_toml_config
-from ferrum_kernels.triton_attention import attention_fused
+from ferrum_kernels.triton_attention import arrivals, attention_fused
 
 NO_WINDOW = 2**31 - 1
 HEADER = "phase    batch  tokens  context  cache     page        us (least)     TB/s   of read  TFLOP/s  compile"
@@ -43,6 +43,15 @@ class Case:
     def capacity(self) -> int:
         """Positions of a row: room for some more."""
         return -(-(self.context + self.tokens) // 256) * 256 + 256
+
+    def layers(self, cfg: Any) -> int:
+        """Layers in rotation, at least four: what they hold is several times what a GPU's own cache does."""
+        if self.tokens > 1:
+            return 4
+        live = (
+            self.batch * (self.context + 1) * 2 * cfg.num_kv_heads * cfg.head_dim * (1 if self.dtype == "int8" else 2)
+        )
+        return max(4, min(256, -(-(200 * 2**20) // live)))
 
 
 def cache_of(cfg: Any, case: Case, layers: int) -> tuple[Any, Any, Any]:
@@ -74,24 +83,25 @@ def measure(cfg: Any, case: Case, layers: int, repeats: int) -> dict[str, Any]:
     norms = (jnp.ones(h, jnp.bfloat16),) * 2 if cfg.qk_norm else None
     start, count = (jnp.full(case.batch, n, jnp.int32) for n in (case.context, case.tokens))
     pools, scales, table = cache_of(cfg, case, layers)
+    arrived = arrivals(case.batch, cfg.num_kv_heads) if case.tokens == 1 else None
     # Enough turns for a call to be long beside its start.
     turns = layers * max(1, min(64, 2**32 // (layers * case.batch * case.capacity * 1024)))
 
     def run(state: Any, qkv: Any, start: Any, count: Any, table: Any) -> Any:
         def body(i: Any, state: Any) -> Any:
-            (pools, scales), _ = state
+            (pools, scales, arrived), _ = state
             rest = (i % layers, start, count, jnp.int32(NO_WINDOW), table, scales)
-            y, pools, scales = attention_fused(qkv, norms, cfg.rms_norm_eps, cosine, sine, pools, *rest)
-            return (pools, scales), y
+            y, *held = attention_fused(qkv, norms, cfg.rms_norm_eps, cosine, sine, pools, *rest, arrived=arrived)
+            return tuple(held), y
 
         y = jnp.zeros((case.batch, case.tokens, cfg.num_heads * h), jnp.bfloat16)
         return jax.lax.fori_loop(0, turns, body, (state, y))
 
     arguments = (qkv, start, count, table)
     began = time.perf_counter()
-    step = jax.jit(run, donate_argnums=0).lower((pools, scales), *arguments).compile()
+    step = jax.jit(run, donate_argnums=0).lower((pools, scales, arrived), *arguments).compile()
     compile_seconds = time.perf_counter() - began
-    state, _ = step((pools, scales), *arguments)
+    state, _ = step((pools, scales, arrived), *arguments)
     del pools, scales
     took = []
     for _ in range(repeats):
@@ -149,7 +159,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="128,512,1024,4096,8192", help="tokens of a prompt; nothing: none")
     parser.add_argument("--cache", default="bfloat16,int8", help="dtypes of the cache")
     parser.add_argument("--pages", default="0,16,64", help="positions of a page; 0: no pages")
-    parser.add_argument("--layers", type=int, default=4, help="layers in rotation")
+    parser.add_argument("--layers", type=int, default=0, help="layers in rotation; 0: so many that none is in L2")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--most-gib", type=float, default=48, help="leave out caches that are larger")
     parser.add_argument("--json", action="store_true")
@@ -160,10 +170,11 @@ def main() -> None:
     if not options.json:
         print(device, HEADER, sep="\n", flush=True)
     for case in cases(options):
-        size = 2 * options.layers * case.batch * case.capacity * cfg.num_kv_heads * cfg.head_dim
+        layers = options.layers or case.layers(cfg)
+        size = 2 * layers * case.batch * case.capacity * cfg.num_kv_heads * cfg.head_dim
         if size * (1 if case.dtype == "int8" else 2) > options.most_gib * 2**30:
             continue
-        rows.append(measure(cfg, case, options.layers, options.repeats))
+        rows.append(measure(cfg, case, layers, options.repeats))
         if not options.json:
             print(line(rows[-1]), flush=True)
     if options.json:

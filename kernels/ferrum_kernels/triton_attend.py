@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,175 +18,175 @@ from ferrum_kernels.triton_flash import (
     cache_rows,
     nothing,
     power,
-    queries,
     read,
     store,
     summed,
     sweep,
-    write,
 )
+from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
 
-
-def _begin(s: Statics, r: Refs, start: Any) -> Any:
-    """The position of the first tile that holds something a token at `start` sees."""
-    return lax.max(start + 1 - r["window"][0], 0) // s.cut.tile * s.cut.tile
+TURN = 8  # parts of a row that are added up at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shares:
-    """Who takes what: rows are cut into pieces, and each program takes the same number of them, one behind the other.
+class Share:
+    """What a program takes of one row's cache.
 
     Attributes:
-      row, begin, end: int32 [B'], rows; where what each one sees begins; the piece, counted over all rows, after its
-        last.
-      pieces: int32 [B'], how many it has; at least one.
-      total: of all rows.
-      programs: how many programs share them, each at least one.
+      some: whether it takes anything.
+      row: of the batch.
+      tiles: the first tile, and the one after the last.
+      part: which of the row's pieces this is.
+      parts: how many it has.
     """
 
-    row: jax.Array
-    begin: jax.Array
-    end: jax.Array
-    pieces: jax.Array
-    total: jax.Array
-    programs: jax.Array
-
-    def of(self, values: jax.Array, row: Any) -> Any:
-        """A row's value."""
-        return jnp.sum(jnp.where(self.row == row, values, 0), axis=0)
-
-    def first(self, program: Any) -> Any:
-        """The first piece of a program."""
-        return program * self.total // self.programs
-
-    def program(self, piece: Any) -> Any:
-        """The program of a piece."""
-        return ((piece + 1) * self.programs - 1) // self.total
-
-    def row_of(self, piece: Any) -> Any:
-        """The row of a piece."""
-        return jnp.sum(jnp.where((self.end <= piece) & (self.pieces > 0), 1, 0), axis=0)
+    some: Any
+    row: Any
+    tiles: tuple[Any, Any]
+    part: Any
+    parts: Any
 
 
-def _shares(s: Statics, r: Refs, programs: int) -> _Shares:
-    batch = r["start"].shape[0]
-    row = jnp.arange(max(2, 1 << (batch - 1).bit_length()), dtype=jnp.int32)
+def _seen(s: Statics, start: Any, count: Any, window: Any) -> tuple[Any, Any]:
+    """The first tile of what a new token sees in the cache, and the one after the last."""
+    end = jnp.where(count > 0, lax.max(lax.min(start, s.capacity), 0), 0)
+    first = lax.max(start + 1 - window, 0) // s.cut.tile
+    end = (end + (s.cut.tile - 1)) // s.cut.tile
+    return lax.min(first, end), end
+
+
+def share(s: Statics, r: Refs, me: Any) -> Share:
+    """What one program takes: rows are cut by what they hold now, and each piece is a program's."""
+    batch, window = r["start"].shape[0], r["window"][0]
+    if batch == 1:
+        first, end = _seen(s, r["start"][0], r["count"][0], window)
+        parts = _pieces(s, end - first, end - first)
+        return Share(me < parts, 0, _piece(first, end, me, parts), me, parts)
+    row = jnp.arange(1 << (batch - 1).bit_length(), dtype=jnp.int32)
     start, count = (read(r[name], (row,), row < batch) for name in ("start", "count"))
-    start = lax.max(jnp.where(count > 0, start, 0), 0)
-    begin = _begin(s, r, start)
-    pieces = lax.max((lax.min(start, s.capacity) - begin + (s.cut.piece - 1)) // s.cut.piece, 1)
-    pieces = jnp.where(row < batch, pieces, 0)
-    total = jnp.sum(pieces, axis=0)
-    return _Shares(row, begin, jnp.cumsum(pieces), pieces, total, lax.min(total, programs))
+    first, end = _seen(s, start, count, window)
+    total = jnp.sum(end - first, axis=0)
+    after = jnp.cumsum(jnp.where(row < batch, _pieces(s, end - first, total), 0))
+    mine = jnp.sum(jnp.where((after <= me) & (row < batch), 1, 0), axis=0)
+    part = me - jnp.max(jnp.where(after <= me, after, 0), axis=0)
+    some, mine = mine < batch, lax.min(mine, batch - 1)
+    first, end = _seen(s, r["start"][mine], r["count"][mine], window)
+    parts = _pieces(s, end - first, total)
+    return Share(some, mine, _piece(first, end, part, parts), part, parts)
 
 
-def decode_kernel(programs: int, s: Statics, r: Refs, out: Refs) -> None:
-    """Write and see the one new token of each row; a program takes pieces of rows for one key head."""
+def _pieces(s: Statics, tiles: Any, total: Any) -> Any:
+    """How many pieces rows of so many tiles have; at least one."""
+    size = lax.max((total + (s.cut.pieces - 1)) // s.cut.pieces, s.cut.least)
+    parts = lax.max((2 * tiles + size) // (2 * size), 1)
+    return jnp.where(tiles <= s.cut.whole, 1, lax.min(parts, s.cut.most_parts(tiles)))
+
+
+def _piece(first: Any, end: Any, part: Any, parts: Any) -> tuple[Any, Any]:
+    """The tiles of a piece: all of a row's are alike, but for one tile."""
+    parts = lax.max(parts, 1)
+    return first + part * (end - first) // parts, first + (part + 1) * (end - first) // parts
+
+
+def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
+    """Write and see the one new token of each row; a program takes a row, or a piece of it, for one key head."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
 
     head, me = pl.program_id(0), pl.program_id(1)
     lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
 
     def put(y: jax.Array, row: Any) -> None:
-        member = jnp.arange(s.width, dtype=jnp.int32)
+        member = jnp.arange(y.shape[0], dtype=jnp.int32)
         alive = member < s.group
         query_head = jnp.where(alive, head * s.group + member, s.heads)
         store(out["y"], (row, 0, query_head[:, None], lane), y, alive[:, None])
 
-    def take(row: Any, start: Any, begin: Any, until: Any, fresh: Any, part: Any) -> None:
-        """Positions from `begin` to `until` of a row, and the new token where `fresh`; a part of it, or None: all."""
+    def see(row: Any, tiles: tuple[Any, Any], fresh: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums."""
         # Nothing branches on what the row has: its heads are read while that number is still on its way.
-        live = r["count"][row] > 0
-        fresh, until = fresh & live, jnp.where(live, until, begin)
-        q, first, second, _, query_head, alive = queries(s, r, row, head, 0)
-        one = jnp.zeros((1,), jnp.int32)
+        start, live = r["start"][row], r["count"][row] > 0
+        fresh &= live
+        until = jnp.where(live, lax.min(start, s.capacity), 0)
+        at, one = place(s, r, head, 0), jnp.zeros((1,), jnp.int32)
+        heads, new = query_heads(s, r, row, at), new_heads(s, r, row, head, one)
         real = (one + start < s.capacity) & (one + start >= 0) & fresh
-        k1, k2, v = write(s, r, out, row, head, one, cache_rows(s, r, row, one + start, real), real)
+        where = cache_rows(s, r, row, one + start, real)
+        low = start - r["window"][0]
+        q, first, second = queries(s, heads)
+        k1, k2, v = write(s, r, out, head, new, where, real)
         score = jnp.sum(first.astype(jnp.float32) * k1 + second.astype(jnp.float32) * k2, axis=1)
         score = jnp.where(fresh, score * (LOG2_E / s.head_dim**0.5), LEAST)
         seen = jnp.where(fresh, jnp.broadcast_to(v, (s.width, s.head_dim)), 0.0)
-        low = start - r["window"][0]
-        tiles = (begin // s.cut.tile, (until + s.cut.tile - 1) // s.cut.tile)
         state = (score, nothing(s)[1], seen)
-        most, total, values = sweep(
+        most, total, seen = sweep(
             s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
         )
         total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
-        y = jnp.where(live, values * (1.0 / total)[:, None], 0.0)
-        if part is None:
-            put(y, row)
-            return
+        return jnp.where(live, seen * (1.0 / total)[:, None], 0.0), most, total
 
-        def keep() -> None:
-            at = jnp.where(alive, query_head, s.heads)
-            store(out["parts"], (part, at[:, None], lane), y, alive[:, None])
-            store(out["sums"], (part, at), most + jnp.log(total) * LOG2_E, alive)
-
-        pl.when(part < 0)(lambda: put(y, row))
-        pl.when(part >= 0)(keep)
-
-    if "parts" not in out:  # every row is one piece, and a program's
-        start = r["start"][me]
-        take(me, start, _begin(s, r, start), lax.min(start, s.capacity), True, None)
+    if not s.cut.pieces:
+        y, _, _ = see(me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True)
+        put(y, me)
         return
 
-    shares = _shares(s, r, programs)
-    lower = shares.first(me)
-    upper = shares.first(me + 1)
-
-    def some(row: Any, carry: Any) -> Any:
-        start = r["start"][row]
-        end, pieces, begin = (shares.of(x, row) for x in (shares.end, shares.pieces, shares.begin))
-        first, last = lax.max(lower, end - pieces), lax.min(upper, end)
-        # Parts of a program are that of the row where it begins and that of the row where it ends.
-        part = jnp.where(last - first == pieces, -1, jnp.where(first == lower, 2 * me, 2 * me + 1))
-        until = lax.min(lax.min(start, s.capacity), begin + (last - end + pieces) * s.cut.piece)
-        take(row, start, begin + (first - end + pieces) * s.cut.piece, until, first == end - pieces, part)
-        return carry
-
-    def mine() -> None:
-        lax.fori_loop(shares.row_of(lower), shares.row_of(upper - 1) + 1, some, 0)
-
-    pl.when(me < shares.programs)(mine)
-
-
-def add_kernel(programs: int, turn: int, s: Statics, r: Refs, out: Refs) -> None:
-    """Add up the parts of one row and query head, where there is more than one; `turn` parts at a time."""
-    from jax.experimental import pallas as pl
-
-    head, me = pl.program_id(0), pl.program_id(1)
-    shares = _shares(s, r, programs)
-    end = shares.of(shares.end, me)
-    begin = end - shares.of(shares.pieces, me)
-    first = shares.program(begin)
-    count = shares.program(end - 1) - first + 1
-    late = shares.first(first) < begin  # in the first program another row came before
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)
+    mine = share(s, r, me)
 
     def add() -> None:
-        def body(i: Any, state: Any) -> Any:
-            most, total, values = state
-            place = i * turn + jnp.arange(turn, dtype=jnp.int32)
-            alive = place < count
-            part = 2 * (first + place)
-            part = jnp.where((place == 0) & late, part + 1, part)
-            sums = jnp.where(alive, read(r["sums"], (part, head), alive), LEAST)
-            parts = read(r["parts"], (part[:, None], head, lane[None, :]), alive[:, None])
-            now = lax.max(most, jnp.max(sums, axis=0))
-            weights = jnp.where(alive, power(sums - now, s.interpret), 0.0)
-            fade = power(jnp.broadcast_to(most - now, lane.shape), s.interpret)
-            return (
-                now,
-                total * fade + jnp.sum(weights, axis=0),
-                values * fade + jnp.sum(weights[:, None] * parts, axis=0),
-            )
+        put(_added(s, out, head, me - mine.part, mine.parts), mine.row)
 
-        zeros = jnp.zeros(lane.shape, jnp.float32)
-        state = (jnp.float32(LEAST), zeros, zeros)
-        _, total, values = lax.fori_loop(0, (count + (turn - 1)) // turn, body, state)
-        out["y"][me, 0, head, :] = (values / total).astype(out["y"].dtype)
+    def take() -> None:
+        y, most, total = see(mine.row, mine.tiles, mine.part == 0)
 
-    pl.when((count > 1) & (r["count"][me] > 0))(add)
+        def keep() -> None:
+            member = jnp.arange(s.width, dtype=jnp.int32)
+            alive = member < s.group
+            at = jnp.where(alive, head * s.group + member, s.heads)
+            store(out["parts"], (me, at[:, None], lane), y, alive[:, None])
+            store(out["sums"], (me, at), most + jnp.log(total) * LOG2_E, alive)
+            if not s.interpret:
+                plgpu.debug_barrier()  # what all threads have stored comes before this program's arrival
+            counter = mine.row * s.kv_heads + head
+            arrived = plgpu.atomic_add(out["arrived"], (counter,), jnp.int32(1))
+
+            def last() -> None:
+                plgpu.atomic_add(out["arrived"], (counter,), -mine.parts)  # zero for the next layer
+                add()
+
+            pl.when(arrived == mine.parts - 1)(last)
+
+        pl.when(mine.parts == 1)(lambda: put(y, mine.row))
+        pl.when(mine.parts > 1)(keep)
+
+    pl.when(mine.some)(take)
+
+
+def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Array:
+    """The sum [M, h] of some parts of one row, whose queries are M; some at a time, always in the same order."""
+    member = jnp.arange(s.padded_group, dtype=jnp.int32)
+    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
+    at = jnp.where(member < s.group, head * s.group + member, s.heads)
+
+    def body(i: Any, state: Any) -> Any:
+        most, total, values = state
+        parts, sums = [], []
+        for k in range(TURN):
+            place = i * TURN + k
+            alive = (place < count) & (member < s.group)
+            parts.append(read(out["parts"], (first + place, at[:, None], lane), alive[:, None]))
+            sums.append(jnp.where(alive, read(out["sums"], (first + place, at), alive), LEAST))
+        now = functools.reduce(lax.max, sums, most)
+        fade = power(most - now, s.interpret)
+        total, values = total * fade, values * fade[:, None]
+        for one, part in zip(sums, parts, strict=True):
+            weight = power(one - now, s.interpret)
+            total, values = total + weight, values + weight[:, None] * part
+        return now, total, values
+
+    zeros = jnp.zeros((s.padded_group,), jnp.float32)
+    state = (zeros + LEAST, zeros, jnp.zeros((s.padded_group, s.head_dim), jnp.float32))
+    _, total, values = lax.fori_loop(0, (count + (TURN - 1)) // TURN, body, state)
+    return values / total[:, None]
 
 
 def write_kernel(block: int, s: Statics, r: Refs, out: Refs) -> None:
@@ -200,7 +201,7 @@ def write_kernel(block: int, s: Statics, r: Refs, out: Refs) -> None:
         positions = start + tokens
         alive = (tokens < count) & (tokens < r["q"].shape[1]) & (positions >= 0) & (positions < s.capacity)
         rows = cache_rows(s, r, row, positions, alive)
-        write(s, r, out, row, head, tokens, rows, alive)
+        write(s, r, out, head, new_heads(s, r, row, head, tokens), rows, alive)
 
     pl.when(first < count)(put)
 
@@ -221,7 +222,8 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
         store(out["y"], (row, token[:, None], at[:, None], lane), y, alive[:, None])
 
     def compute() -> None:
-        q, _, _, token, query_head, alive = queries(s, r, row, head, first)
+        token, query_head, alive = place(s, r, head, first)
+        q, _, _ = queries(s, query_heads(s, r, row, Place(token, query_head, alive)))
         position = (start + token)[:, None]
         begin = start + first  # position of the first query
         end = lax.min(start + lax.min(first + s.cut.queries, count), s.capacity)

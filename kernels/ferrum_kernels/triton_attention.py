@@ -1,9 +1,10 @@
 """Attention on NVIDIA GPUs: head norms, rotary embedding, cache write and grouped-query attention over what is live.
 
-One new token per row is one kernel, which writes the token's key and value and reads what came before; where rows may
-be long, several programs share one and a small second kernel adds their parts up. More tokens are two kernels: one
-writes keys and values, one attends. The cache may be in pages and in int8; the layer number is an operand and the cache
-is written in place, so a scan over layers copies nothing.
+One new token per row is one kernel, which writes the token's key and value and reads what came before. Where rows may
+be long, programs share them by what they hold at that step, which only the device knows: a short row stays whole, and
+of a row in pieces the last program to arrive adds the parts up, in the same order always. More tokens are two kernels:
+one writes keys and values, one attends. The cache may be in pages and in int8; the layer number is an operand and the
+cache is written in place, so a scan over layers copies nothing.
 
 Source: streaming softmax arXiv 1805.02867; tiles arXiv 2205.14135; grouped queries arXiv 2305.13245; pages arXiv
 2309.06180; int8 with a scale per token and head is this package's own choice.
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from ferrum_kernels import triton
 from ferrum_kernels.errors import ShapeError
-from ferrum_kernels.triton_attend import add_kernel, decode_kernel, prefill_kernel, write_kernel
+from ferrum_kernels.triton_attend import decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_flash import Cut, Parts, Refs, Statics
 from ferrum_kernels.triton_tiles import little_memory
 
@@ -29,13 +30,38 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 Pair = tuple[jax.Array, jax.Array]
 
 
-def takes(dtype: Any, head_dim: int) -> bool:
-    """Whether these kernels take activations of a dtype and heads of a size.
+def refuses(dtype: Any, head_dim: int, cache: Any, page: int | None = None) -> str | None:
+    """Why these kernels do not attend, or None where they do.
 
-    >>> takes(jnp.bfloat16, 128), takes(jnp.float32, 128), takes(jnp.bfloat16, 96)
-    (True, False, False)
+    Args:
+      dtype: of activations.
+      head_dim: h.
+      cache: dtype of the cache.
+      page: positions of a page, or None.
+
+    >>> refuses(jnp.bfloat16, 128, jnp.int8, 16)
+    >>> refuses(jnp.bfloat16, 96, jnp.bfloat16)
+    'its attention takes heads of 16, 32, 64, 128 and 256; these are of 96'
     """
-    return jnp.dtype(dtype) in DTYPES and head_dim in HEADS
+    dtype, cache = jnp.dtype(dtype), jnp.dtype(cache)
+    if dtype not in DTYPES:
+        return f"its attention takes bfloat16 and float16; activations are {dtype}"
+    if head_dim not in HEADS:
+        return f"its attention takes heads of 16, 32, 64, 128 and 256; these are of {head_dim}"
+    if cache not in (dtype, jnp.int8):
+        return f"its attention takes caches of the activations' dtype, {dtype}, and int8; this one is of {cache}"
+    if page is not None and (page < 16 or page & (page - 1)):
+        return f"its attention takes pages of a power of two from 16; these are of {page}"
+    return None
+
+
+def arrivals(batch: int, kv_heads: int) -> jax.Array:
+    """Counters of the programs that share a row, all zero: what `arrived` is before a step's first layer.
+
+    >>> arrivals(2, 4).tolist()
+    [0, 0, 0, 0, 0, 0, 0, 0]
+    """
+    return jnp.zeros(batch * kv_heads, jnp.int32)
 
 
 def reaches(codes: int) -> bool:
@@ -65,7 +91,8 @@ def attention(
     table: jax.Array | None = None,
     scales: Pair | None = None,
     norm_layer: Any = None,
-) -> tuple[jax.Array, Pair, Pair | None]:
+    arrived: jax.Array | None = None,
+) -> tuple[jax.Array, Pair, Pair | None, jax.Array | None]:
     """Attention of some new tokens of each row over all that the row has read.
 
     Args:
@@ -83,9 +110,10 @@ def attention(
         has nothing, any number may stand.
       scales: float32 [L, P, page, Kv] of keys and of values, for int8: value = code * scale.
       norm_layer: index into norms that are stacks [L', h]; None where each is one vector.
+      arrived: zeros of `arrivals`, for T = 1; the kernel leaves zeros. None makes them, which is one more launch.
 
     Returns:
-      ([B, T, H * h] in q.dtype, pools, scales). A token past the row's capacity is not written.
+      ([B, T, H * h] in q.dtype, pools, scales, arrived). A token past the row's capacity is not written.
 
     Raises:
       ShapeError: arrays do not belong together.
@@ -99,7 +127,21 @@ def attention(
         )
     given = {"q": q, "k": k, "v": v}
     return _attention(
-        given, (heads, 0, 0, 0), norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer
+        given,
+        (heads, 0, 0, 0),
+        norms,
+        eps,
+        cosine,
+        sine,
+        pools,
+        layer,
+        start,
+        count,
+        window,
+        table,
+        scales,
+        norm_layer,
+        arrived,
     )
 
 
@@ -118,7 +160,8 @@ def attention_fused(
     scales: Pair | None = None,
     norm_layer: Any = None,
     dtype: Any = None,
-) -> tuple[jax.Array, Pair, Pair | None]:
+    arrived: jax.Array | None = None,
+) -> tuple[jax.Array, Pair, Pair | None, jax.Array | None]:
     """The same with queries, keys and values of one product, [B, T, (H + 2 Kv) * h] in this order.
 
     Of one new token per row the product may be in parts, float32 [parts, B, 1, (H + 2 Kv) * h] to be added up; then
@@ -134,7 +177,22 @@ def attention_fused(
     layout = (heads, 0, heads * h, (heads + kv_heads) * h)
     given = {"q": qkv}
     return _attention(
-        given, layout, norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer, dtype
+        given,
+        layout,
+        norms,
+        eps,
+        cosine,
+        sine,
+        pools,
+        layer,
+        start,
+        count,
+        window,
+        table,
+        scales,
+        norm_layer,
+        arrived,
+        dtype,
     )
 
 
@@ -153,8 +211,9 @@ def _attention(
     table: jax.Array | None,
     scales: Pair | None,
     norm_layer: Any,
+    arrived: jax.Array | None,
     dtype: Any = None,
-) -> tuple[jax.Array, Pair, Pair | None]:
+) -> tuple[jax.Array, Pair, Pair | None, jax.Array | None]:
     batch, tokens = given["q"].shape[-3:-1]
     dtype = jnp.dtype(dtype or given["q"].dtype)
     heads, *columns = layout
@@ -186,11 +245,13 @@ def _attention(
         cache |= {"key_scales": scales[0].reshape(rows), "value_scales": scales[1].reshape(rows)}
     named = {name: x for name, x in named.items() if x is not None}
     if tokens == 1:
-        y, cache = _decode(s, dtype, named, cache)
+        y, cache = _decode(s, dtype, named, cache, arrived)
+        arrived = cache.pop("arrived", arrived)
     else:
         y, cache = _prefill(s, named, _write(s, named, cache))
     shaped = [x.reshape(old.shape) for x, old in zip(cache.values(), (*pools, *(scales or ())), strict=True)]
-    return y.reshape(batch, tokens, heads * h), (shaped[0], shaped[1]), (shaped[2], shaped[3]) if scales else None
+    scales = (shaped[2], shaped[3]) if scales else None
+    return y.reshape(batch, tokens, heads * h), (shaped[0], shaped[1]), scales, arrived
 
 
 def _check(
@@ -242,13 +303,27 @@ def _tile(s: Statics, most: int) -> int:
 
 
 def decode_cut(s: Statics, batch: int) -> Cut:
-    """How one new token per row is cut up: a program for each row and key head, or parts of rows that are long."""
+    """How one new token per row is cut up: a program for each row and key head, or for each piece of long rows."""
     few = batch * s.kv_heads < 132
-    # The second kernel, which adds parts up, costs what this many positions do.
-    whole = s.capacity <= (512 if few else 1024)
-    piece = s.capacity if whole else 256
-    tile = _tile(s, 128 if s.codes or (few and whole) else 64)
-    return Cut(tile, warps=4, stages=3, piece=max(piece, tile), programs=max(1, 264 // s.kv_heads))
+    whole = 512 if few else 1024
+    if s.capacity <= whole:
+        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3)
+    tile = _tile(s, 64 if few and not s.codes else 128)
+    # Tiles in flight are less where several programs are to share a multiprocessor's memory.
+    return Cut(
+        tile,
+        warps=4,
+        stages=3 if few or s.codes else 2,
+        pieces=max(1, 264 // s.kv_heads),
+        least=max(1, (128 if few else 256) // tile),
+        whole=whole // tile,
+    )
+
+
+def most_programs(capacity: int, cut: Cut, batch: int) -> int:
+    """Pieces of all rows at most: rounding up, each row has one more than its part of those aimed at."""
+    tiles = -(-capacity // cut.tile)
+    return min(batch + cut.pieces, batch * -(-tiles // cut.least), batch * cut.most_parts(tiles))
 
 
 def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
@@ -297,27 +372,19 @@ def _same(names: Any) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _decode(s: Statics, dtype: Any, named: Refs, cache: Refs) -> tuple[jax.Array, Refs]:
+def _decode(s: Statics, dtype: Any, named: Refs, cache: Refs, arrived: jax.Array | None) -> tuple[jax.Array, Refs]:
     batch = named["start"].shape[0]
     y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), dtype)
-    most = -(-s.capacity // s.cut.piece)
-    programs = min(batch * most, s.cut.programs) if most > 1 else batch
-    parts: Refs = {}
-    if most > 1:
+    programs, parts = batch, {}
+    if s.cut.pieces:
+        programs = most_programs(s.capacity, s.cut, batch)
         parts = {
-            "parts": jax.ShapeDtypeStruct((2 * programs, s.heads, s.head_dim), jnp.float32),
-            "sums": jax.ShapeDtypeStruct((2 * programs, s.heads), jnp.float32),
+            "parts": jax.ShapeDtypeStruct((programs, s.heads, s.head_dim), jnp.float32),
+            "sums": jax.ShapeDtypeStruct((programs, s.heads), jnp.float32),
         }
-    grid, out = (s.kv_heads, programs), {"y": y, **parts, **_shapes(cache)}
-    kernel = functools.partial(decode_kernel, programs)
-    found = _call(kernel, s, {**named, **cache}, out, grid, "attend_one", _same(cache), s.cut)
-    if parts:
-        given = {name: named[name] for name in ("start", "count", "window")}
-        given |= {name: found[name] for name in ("y", *parts)}
-        # Many rows have few parts each, and one warp has no other to wait for.
-        grid, cut = (s.heads, batch), Cut(warps=4 if batch < 16 else 1, stages=2)
-        kernel = functools.partial(add_kernel, programs, 4 * cut.warps)
-        found["y"] = _call(kernel, s, given, {"y": y}, grid, "attend_add", _same(["y"]), cut)["y"]
+        cache = {**cache, "arrived": arrivals(batch, s.kv_heads) if arrived is None else arrived}
+    out = {"y": y, **parts, **_shapes(cache)}
+    found = _call(decode_kernel, s, {**named, **cache}, out, (s.kv_heads, programs), "attend_one", _same(cache), s.cut)
     return found["y"], {name: found[name] for name in cache}
 
 

@@ -1,4 +1,4 @@
-"""What the attention kernels of the Triton backend are made of: heads as they enter the cache, and a sweep over it.
+"""What the attention kernels of the Triton backend are made of: where a row lies in the cache, and a sweep over it.
 
 A kernel sees the caches as [L, rows, Kv, h], the pages one behind the other. All of it works on tiles: M queries of one
 key head (its query heads, padded, times some tokens) by some positions of the cache, with the softmax kept online.
@@ -31,16 +31,24 @@ class Cut:
       warps: of a program.
       stages: tiles in flight.
       queries: tokens of a program.
-      piece: positions of a row that one program takes, a multiple of the tile.
-      programs: most programs per key head, which share the pieces of all rows.
+      pieces: about how many all rows together are cut into, for each key head; 0: none is cut.
+      least: tiles of a piece at least.
+      whole: tiles of a row that is not cut.
+      parts: of one row at most, and one more for every 2 * parts tiles.
     """
 
     tile: int = 64
     warps: int = 4
     stages: int = 3
     queries: int = 1
-    piece: int = 0
-    programs: int = 0
+    pieces: int = 0
+    least: int = 1
+    whole: int = 0
+    parts: int = 16
+
+    def most_parts(self, tiles: Any) -> Any:
+        """Of a row of so many tiles: one program adds them up, which bounds how many are worth their while."""
+        return self.parts + tiles // (2 * self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,102 +200,6 @@ def tile_rows(s: Statics, row: Any, first: Any, pages: Any) -> jax.Array:
     if s.cut.tile <= s.page:
         return pages * s.page + (first % s.page + offsets)
     return pages * s.page + offsets % s.page  # a tile begins where a page does
-
-
-def rotated(
-    s: Statics, r: Refs, name: str, row: Any, tokens: jax.Array, columns: Any, alive: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Both halves float32 [n, h / 2] of heads after norm and rotation.
-
-    Args:
-      s: statics.
-      r: the kernel's arrays.
-      name: "q" or "k".
-      row: row of the batch.
-      tokens: int32 [n], of the row.
-      columns: where the heads begin; int32 [n] or a scalar.
-      alive: bool [n]; zero elsewhere.
-    """
-    half = s.head_dim // 2
-    lanes = jnp.arange(half, dtype=jnp.int32)
-    lane, token = lanes[None, :], tokens[:, None]
-    start = (columns[:, None] if jnp.ndim(columns) else columns) + lane
-    mask = alive[:, None]
-    first, second = (read(r[name], (row, token, start + shift), mask).astype(jnp.float32) for shift in (0, half))
-    if f"{name}_norm" in r:
-        square = jnp.sum(first * first + second * second, axis=1) / s.head_dim
-        scale = lax.rsqrt(square + jnp.float32(s.eps))[:, None]
-        norm = r[f"{name}_norm"]
-        at = (r["norm_layer"][0],) if "norm_layer" in r else ()
-        weights = (read(norm, (*at, lanes + shift)).astype(jnp.float32)[None, :] for shift in (0, half))
-        first, second = (x * scale * w for x, w in zip((first, second), weights, strict=True))
-    cosine, sine = (read(r[table], (row, token, lane), mask) for table in ("cosine", "sine"))
-    return first * cosine - second * sine, second * cosine + first * sine
-
-
-def queries(s: Statics, r: Refs, row: Any, head: Any, first: Any) -> tuple[jax.Array, ...]:
-    """The queries [M, h] of a tile; their halves; tokens of the row and heads, both int32 [M], and who is there."""
-    place = jnp.arange(s.width, dtype=jnp.int32)
-    token, member = first + place // s.padded_group, place % s.padded_group
-    alive = (member < s.group) & (place < s.padded_group * s.cut.queries) & (token < r["q"].shape[1])
-    query_head = head * s.group + member
-    halves = rotated(s, r, "q", row, token, s.columns[0] + query_head * s.head_dim, alive)
-    halves = tuple(x.astype(s.dtype) for x in halves)
-    whole = jnp.transpose(jnp.stack(halves, -1), (0, 2, 1)).reshape(s.width, s.head_dim)
-    return whole, *halves, token, query_head, alive
-
-
-def write(
-    s: Statics, r: Refs, out: Refs, row: Any, head: Any, tokens: jax.Array, rows: jax.Array, alive: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Put keys and values of some tokens into the cache, at cache rows `rows`; gives them back as the cache holds them.
-
-    Args:
-      s: statics.
-      r: the kernel's arrays.
-      out: those that it writes.
-      row: row of the batch.
-      head: key head.
-      tokens: int32 [n], of the row.
-      rows: int32 [n], of the cache.
-      alive: bool [n], which of them to write.
-
-    Returns:
-      Both halves of the keys float32 [n, h / 2], values float32 [n, h].
-    """
-    layer, half = r["layer"][0], s.head_dim // 2
-    there = tokens < r["k"].shape[1]
-    k = rotated(s, r, "k", row, tokens, s.columns[1] + head * s.head_dim, there)
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
-    column = s.columns[2] + head * s.head_dim + lane
-    v = read(r["v"], (row, tokens[:, None], column), there[:, None]).astype(jnp.float32)
-    at = jnp.where(alive, rows, out["keys"].shape[1])
-    if s.codes:
-        k_scale = _scale(lax.max(jnp.max(jnp.abs(k[0]), axis=1), jnp.max(jnp.abs(k[1]), axis=1)))
-        v_scale = _scale(jnp.max(jnp.abs(v), axis=1))
-        store(out["key_scales"], (layer, at, head), k_scale, alive)
-        store(out["value_scales"], (layer, at, head), v_scale, alive)
-        k = tuple(_rounded(x, k_scale) for x in k)
-        v = _rounded(v, v_scale)
-    dtype = out["keys"].dtype
-    k, v = tuple(x.astype(dtype) for x in k), v.astype(dtype)
-    for i, x in enumerate(k):
-        part = jnp.arange(half, dtype=jnp.int32)[None, :] + i * half
-        store(out["keys"], (layer, at[:, None], head, part), x, alive[:, None])
-    store(out["values"], (layer, at[:, None], head, lane), v, alive[:, None])
-    first, second, v = (x.astype(jnp.float32) for x in (*k, v))
-    if s.codes:
-        first, second, v = first * k_scale[:, None], second * k_scale[:, None], v * v_scale[:, None]
-    return first, second, v
-
-
-def _scale(most: jax.Array) -> jax.Array:
-    return jnp.where(most == 0.0, 1.0, most / 127.0)
-
-
-def _rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / scale to the nearest whole number, halves up."""
-    return jnp.floor(x / scale[:, None] + 0.5)
 
 
 # float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding

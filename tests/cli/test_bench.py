@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,9 @@ import pytest
 import ferrum_kernels
 from ferrum_jax.cli import main
 from ferrum_jax.cli.bench import fresh_compiles, text_of
+from ferrum_jax.cli.bench_about import xla_attends_because
 from tests.conftest import ROOT
+from tests.support.tiny import tiny_config
 
 TOML = """
 model_type = "qwen3_moe"
@@ -61,6 +64,25 @@ def test_random_weights(sizes, capsys):
     )
     assert report["device"]["platform"] == "cpu" and report["device"]["count"] >= 1
     assert report["versions"].keys() == {"ferrum_jax", "jax", "jaxlib", "python"}
+    assert report["xla_attends_because"] is None and "XLA attends" not in text_of(report)
+    assert "\nXLA attends, not triton: why\n" in text_of(
+        {**report, "implementation": "triton", "xla_attends_because": "why"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"head_dim": 48}, "heads of 16, 32, 64, 128 and 256; these are of 48"),
+        ({"dtype": "float32"}, "float32"),
+    ],
+)
+def test_it_says_where_xla_attends_in_place_of_a_gpus_kernels(changes, reason):
+    cfg = tiny_config(**{"dtype": "bfloat16", "implementation": "triton", "head_dim": 64} | changes)
+    found = xla_attends_because(cfg, None)
+    assert found is None if reason is None else found is not None and found.endswith(reason)
+    assert xla_attends_because(dataclasses.replace(cfg, implementation="xla"), None) is None
 
 
 def test_a_checkpoint_and_text_for_people(tiny, capsys):

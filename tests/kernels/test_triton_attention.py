@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
-from ferrum_kernels import triton, triton_attention
+from ferrum_kernels import triton, triton_attend, triton_attention
 from ferrum_kernels.errors import ShapeError
+from ferrum_kernels.triton_flash import Cut, Statics
 from tests.support.attention_cases import Case, build, check, fused
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
 
@@ -56,9 +58,9 @@ def test_attention_equals_plain_numpy(name):
 @pytest.mark.parametrize("name", ["one in parts of int8 with a window", "many in pages"])
 def test_one_product_may_hold_queries_keys_and_values(name):
     args, _ = build(CASES[name])
-    apart, pools, scales = triton_attention.attention(**args)
+    apart = triton_attention.attention(**args)
     together = triton_attention.attention_fused(**fused(args))
-    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves((apart, pools, scales)), strict=True):
+    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
@@ -78,13 +80,56 @@ def test_the_product_may_come_in_parts(name):
         triton_attention.attention_fused(**{**fused(args), "qkv": qkv}, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 7])
-@pytest.mark.parametrize("name", ["one in parts", "one"])
-def test_few_programs_take_several_pieces_and_rows(name, programs, monkeypatch):
+@pytest.mark.parametrize("pieces", [3, 66])
+@pytest.mark.parametrize("name", ["one in parts", "one in parts of int8 with a window"])
+def test_rows_in_pieces_give_the_same_however_many_there_are(name, pieces, monkeypatch):
     cut = triton_attention.decode_cut
-    few = lambda *a: dataclasses.replace(cut(*a), programs=programs)  # noqa: E731
-    monkeypatch.setattr(triton_attention, "decode_cut", few)
+    change = {"tile": 64, "least": 1, "whole": 0, "parts": 10, "pieces": pieces}
+    monkeypatch.setattr(triton_attention, "decode_cut", lambda *a: dataclasses.replace(cut(*a), **change))
     check(CASES[name], triton_attention.attention)
+
+
+def test_programs_of_a_row_in_pieces_leave_their_counters_at_zero():
+    *_, arrived = triton_attention.attention(**build(CASES["one in parts"])[0])
+    assert arrived is not None and arrived.shape == (8,) and not arrived.any()
+
+
+def cuts_of(lengths: tuple[int, ...], programs: int, **change: int) -> list[tuple[int, int, int]]:
+    """(row, first tile, tile after the last) of each program that has something to do."""
+    cut = Cut(tile=64, **{"pieces": 66, "least": 4, "whole": 8, **change})
+    s = Statics(8, 2, 64, (0, 0, 0), 1e-6, 8192, 8192, cut, jnp.bfloat16, False, True)
+    arrays = {"start": lengths, "count": [1] * len(lengths), "window": [2**31 - 1]}
+
+    def kernel(start, count, window, out):
+        share = triton_attend.share(s, {"start": start, "count": count, "window": window}, pl.program_id(0))
+        for i, x in enumerate((share.some, share.row, *share.tiles)):
+            out[pl.program_id(0), i] = jnp.int32(x)
+
+    shape = jax.ShapeDtypeStruct((programs, 4), jnp.int32)
+    call = pl.pallas_call(kernel, out_shape=shape, grid=(programs,), interpret=True)
+    return [tuple(row[1:]) for row in call(*(jnp.array(x, jnp.int32) for x in arrays.values())).tolist() if row[0]]
+
+
+def test_short_rows_stay_whole_whatever_they_could_hold():
+    assert cuts_of((300, 0, 512, 257), programs=70) == [(0, 0, 5), (1, 0, 0), (2, 0, 8), (3, 0, 5)]
+    assert cuts_of((300,), programs=33) == [(0, 0, 5)]
+
+
+@pytest.mark.parametrize("lengths", [(8000,), (8000, 100, 0, 700), tuple(range(0, 8000, 127)), (8191,) * 5])
+def test_pieces_cover_each_row_once_and_are_alike(lengths):
+    batch = len(lengths)
+    found = cuts_of(lengths, programs=triton_attention.most_programs(8192, Cut(64, pieces=66, least=4), batch))
+    tiles = [-(-n // 64) for n in lengths]
+    for row in range(batch):
+        mine = [piece[1:] for piece in found if piece[0] == row]
+        assert [begin for begin, _ in mine] == [0, *(end for _, end in mine[:-1])] and mine[-1][1] == tiles[row]
+    aim = max(4, -(-sum(tiles) // 66))
+    assert max(end - begin for _, begin, end in found) <= max(8, 1.5 * aim + 1)
+
+
+def test_a_row_has_no_more_parts_than_are_worth_adding_up():
+    alone = [len(cuts_of((n,), programs=67, least=1)) for n in (512, 1024, 2048, 8000)]
+    assert alone == [1, 16, 17, 19]
 
 
 def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
@@ -101,7 +146,7 @@ def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
 def test_a_token_past_the_capacity_is_not_written(tokens):
     case = Case(start=(94, 95, 96), count=(1, tokens, 1), tokens=tokens, page=16)
     args, _ = build(case)
-    _, pools, _ = triton_attention.attention(**args)
+    _, pools, *_ = triton_attention.attention(**args)
     table = np.asarray(args["table"])
     for before, after in zip(args["pools"], pools, strict=True):
         changed = ~((before == after) | (jnp.isnan(before) & jnp.isnan(after))).all((0, 3, 4))
@@ -112,16 +157,16 @@ def test_a_token_past_the_capacity_is_not_written(tokens):
 @pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize("cache", ["", "int8"])
 def test_it_lowers_for_cuda_and_writes_in_place(tokens, cache):
-    case = Case(start=(0, 3), count=(tokens,) * 2, tokens=tokens, page=16, capacity=1024, cache=cache, head_dim=128)
+    case = Case(start=(0, 3), count=(tokens,) * 2, tokens=tokens, page=16, capacity=2048, cache=cache, head_dim=128)
     args, _ = build(case)
     eps = args.pop("eps")
     with triton.interpreted(False):
         text = lower_for_cuda(lambda args: triton_attention.attention(eps=eps, **args), args)
     calls = [line for line in text.splitlines() if "gpu$xla.gpu.triton" in line]
-    # The cache through every kernel but the one that adds parts up, which has the result.
     aliases = [len(re.findall(r"output_operand_alias<", call)) for call in calls]
     pools = 4 if cache else 2
-    assert aliases == [pools, 1 if tokens == 1 else pools]
+    # Of one token in one kernel with the counters of arrivals, of several in two: one writes, one attends.
+    assert aliases == ([pools + 1] if tokens == 1 else [pools, pools])
 
 
 ONE = Case(**RAGGED)

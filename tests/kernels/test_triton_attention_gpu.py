@@ -17,7 +17,7 @@ from tests.support.triton_cases import ignore_deprecation
 pytestmark = [pytest.mark.gpu, ignore_deprecation]
 
 QWEN: dict[str, Any] = {"heads": 32, "kv_heads": 4, "head_dim": 128}
-RAGGED: dict[str, Any] = {"start": (0, 700, 17, 1023, 300), "count": (1, 1, 0, 1, 1), "capacity": 1024, **QWEN}
+RAGGED: dict[str, Any] = {"start": (0, 700, 17, 2047, 300), "count": (1, 1, 0, 1, 1), "capacity": 2048, **QWEN}
 MANY: dict[str, Any] = {
     "start": (0, 700, 17, 900, 300),
     "count": (100, 77, 0, 100, 1),
@@ -32,6 +32,10 @@ CASES = {
     "one in pages of 256 with a window": Case(**RAGGED, page=256, window=333),
     "one in int8": Case(**RAGGED, cache="int8"),
     "one in pages of int8": Case(**RAGGED, page=16, cache="int8", window=600),
+    "one alone in pieces": Case(start=(4095,), count=(1,), capacity=4096, **QWEN),
+    "one of many rows in pieces": Case(
+        start=tuple(range(0, 4096, 61)), count=(1,) * 68, capacity=4096, layers=1, layer=0
+    ),
     "one of narrow heads": Case(start=(90, 3), count=(1, 1), head_dim=16, heads=6, norms=False),
     "one of wide heads": Case(start=(90, 3), count=(1, 1), head_dim=256, page=32),
     "many": Case(**MANY),
@@ -49,12 +53,19 @@ def test_attention_equals_plain_numpy(name):
     check(CASES[name], triton_attention.attention)
 
 
-@pytest.mark.parametrize("name", ["one", "one in pages of int8", "many in pages of 16"])
+REPEATED = ("one", "one in pages of int8", "one alone in pieces", "one of many rows in pieces", "many in pages of 16")
+
+
+@pytest.mark.parametrize("name", REPEATED)
 def test_the_same_bits_at_every_run(name):
     args, _ = build(CASES[name])
-    first = jax.tree.leaves(triton_attention.attention(**args))
-    for _ in range(3):
-        for one, other in zip(first, jax.tree.leaves(triton_attention.attention(**args)), strict=True):
+    args["layer"], eps = jnp.int32(args["layer"]), args.pop("eps")
+    attention = jax.jit(lambda **args: triton_attention.attention(eps=eps, **args))
+    first = jax.tree.leaves(attention(**args))
+    for _ in range(30):
+        found = attention(**args)
+        assert not np.any(found[-1])  # counters of arrivals: zero again for the next layer
+        for one, other in zip(first, jax.tree.leaves(found), strict=True):
             np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
@@ -65,10 +76,12 @@ def test_a_scan_over_layers_copies_no_cache(name):
 
     def run(pools, scales, rest):
         def body(state, layer):
-            y, *state = triton_attention.attention_fused(eps=eps, layer=layer, pools=state[0], scales=state[1], **rest)
+            held = dict(zip(("pools", "scales", "arrived"), state, strict=True))
+            y, *state = triton_attention.attention_fused(eps=eps, layer=layer, **held, **rest)
             return tuple(state), y
 
-        return jax.lax.scan(body, (pools, scales), jnp.arange(2, dtype=jnp.int32))
+        arrived = triton_attention.arrivals(len(rest["start"]), pools[0].shape[-2])
+        return jax.lax.scan(body, (pools, scales, arrived), jnp.arange(2, dtype=jnp.int32))
 
     pools, scales = args.pop("pools"), args.pop("scales")
     shape = pools[0].shape
