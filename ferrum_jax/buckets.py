@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -149,7 +151,8 @@ class BucketedStep:
         if bucket in self._compiled:
             return lambda: None
         began = time.perf_counter()
-        lowered = self._jitted.lower(**arguments)
+        with _uncollected():
+            lowered = self._jitted.lower(**arguments)
         traced = time.perf_counter() - began
 
         def finish() -> None:
@@ -161,6 +164,18 @@ class BucketedStep:
             self._compiled[bucket] = _signature(arguments), compiled
 
         return finish
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Look for no garbage: what a trace makes lives until it ends."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def compile_together(jobs: Iterable[Callable[[], None]], threads: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """Buckets hold what they say, and a step compiles once per bucket or names the argument that would make it compile."""
 
 import dataclasses
+import gc
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -133,3 +134,15 @@ def test_a_program_that_does_not_compile_is_heard_of() -> None:
 
     with pytest.raises(ValueError, match="no such instruction"):
         compile_together([broken])
+
+
+def test_garbage_is_collected_again_after_a_trace_that_fails() -> None:
+    seen = []
+
+    def broken(x: jax.Array) -> jax.Array:
+        seen.append(gc.isenabled())
+        raise ValueError("no such shape")
+
+    with pytest.raises(ValueError, match="no such shape"):
+        BucketedStep("broken", broken)(1, x=jnp.ones(2))
+    assert seen == [False] and gc.isenabled()

@@ -5,6 +5,7 @@
 Two processes, one after the other, compile `decode_step` of the whole model for each batch; they share a cache folder
 that is empty at first. Neither has weights: programs are compiled for shapes. They compile together, as those of
 `Engine.warm_up`: a batch's time is from tracing to a program that is ready, and all of them take less than the sum.
+Imports are left out.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def text_of(found: dict[str, Any]) -> str:
 
 def compile_all(config: Path, batches: list[int], implementation: str | None) -> tuple[list[float], float]:
     """Seconds that each batch's decode step takes to be ready, and that all of them take together."""
+    import contextlib
     import dataclasses
 
     import jax
@@ -77,6 +79,8 @@ def compile_all(config: Path, batches: list[int], implementation: str | None) ->
     params = jax.eval_shape(layout_for(cfg), fj.abstract(cfg))
     caches = [jax.eval_shape(lambda batch=batch: fj.init_cache(cfg, batch, CACHE_LENGTH)) for batch in batches]
     jax.block_until_ready(jnp.zeros(1) + 1)  # the device is up, and so is its compiler
+    with contextlib.suppress(ImportError):
+        from jax.experimental.pallas import triton  # noqa: F401  imports are not part of it, and this is one more
     step = BucketedStep("decode", lambda params, token, cache: fj.decode_step(params, token, cache, cfg), ("cache",))
 
     def trace(batch: int, cache: Any) -> Any:
