@@ -251,8 +251,7 @@ def test_attention_is_that_of_the_plain_operations(tokens, share, half, norms, w
     rng = np.random.default_rng(seed)
     start = rng.integers(0, slots - tokens + 1, batch).astype(np.int32)
     count = np.array([tokens, rng.integers(0, tokens + 1)], np.int32)
-    q = normal(seed, batch, tokens, kv * share * head)
-    k, v = (normal(seed + i, batch, tokens, kv * head) for i in (1, 2))
+    q, k, v = (normal(seed + i, batch, tokens, kv * n * head) for i, n in enumerate((share, 1, 1)))
     cache = [normal(seed + i, 3, batch, slots, kv, head).astype(cached) for i in (3, 4)]
     live = np.arange(slots) < (start + count)[:, None]
     cache[1][:, ~live] = np.nan  # a slot that nobody has written may hold anything
@@ -262,9 +261,10 @@ def test_attention_is_that_of_the_plain_operations(tokens, share, half, norms, w
 
     @jax.jit
     def kernel():
-        three, two, rows = jax.tree.map(jnp.asarray, ((q, k, v), weights, (start, count)))
+        three, two, held, rows = jax.tree.map(jnp.asarray, ((q, k, v), weights, tuple(cache), (start, count)))
         tables = rope_tables(jnp.asarray(positions), jnp.asarray(inv_freq), 1.0)
-        return cpu.attention(*three, two, 1e-6, *tables, tuple(map(jnp.asarray, cache)), 1, *rows, jnp.int32(window))
+        given: Any = (*three, two, 1e-6, *tables, held, 1, *rows, jnp.int32(window))
+        return cpu.attention(*given)
 
     @jax.jit
     def plain(keys, values):
@@ -275,7 +275,7 @@ def test_attention_is_that_of_the_plain_operations(tokens, share, half, norms, w
         heads[:2] = [apply_rope(a, jnp.asarray(positions), jnp.asarray(inv_freq)) for a in heads[:2]]
         distance = jnp.asarray(positions[:, :, None] - np.arange(slots, dtype=np.int32))
         seen = [jnp.where(live[..., None, None], a[1].astype(jnp.float32), 0.0) for a in (keys, values)]
-        y = plain_attention(heads[0], *seen, (distance >= 0) & (distance < window))
+        y = plain_attention(heads[0], seen[0], seen[1], (distance >= 0) & (distance < window))
         return [a.astype(cached).astype(jnp.float32) for a in heads[1:]], y.reshape(batch, tokens, -1)
 
     for y, new in on_every_isa(kernel):
