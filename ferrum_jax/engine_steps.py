@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.buckets import BucketedStep, CompileRecord
+from ferrum_jax.buckets import BucketedStep, CompileRecord, compile_together
 from ferrum_jax.cache import empty_buffers
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.model import prefill
@@ -114,14 +114,26 @@ class EngineSteps:
 
     def decode(self, plan: SamplerPlan, params: Any, control: np.ndarray, state: EngineState) -> Any:
         """One token for each row, the one it sampled last; (Sampled, state)."""
-        step = self._step(self._decode, "decode", plan)
-        return step(control.shape, params=params, tokens=None, control=control, state=state)
+        step, key = self._step(plan, None, control)
+        return step(key, params=params, tokens=None, control=control, state=state)
 
     def read(self, plan: SamplerPlan, params: Any, tokens: np.ndarray, control: np.ndarray, state: EngineState) -> Any:
         """Pieces of prompts, tokens int32 [b, width]; (Sampled, state)."""
-        step = self._step(self._read, "read", plan)
-        key = (*tokens.shape, control.shape[1])
+        step, key = self._step(plan, tokens, control)
         return step(key, params=params, tokens=tokens, control=control, state=state)
+
+    def compile(self, programs: Sequence[tuple[SamplerPlan, Any, Any]], params: Any, state: EngineState) -> None:
+        """Compile programs together; each is a plan, the tokens to read or None for `decode`, and control."""
+
+        def traced() -> Iterator[Callable[[], None]]:
+            seen = set()
+            for plan, tokens, control in programs:
+                step, key = self._step(plan, tokens, control)
+                if (step, key) not in seen:
+                    seen.add((step, key))
+                    yield step.trace(key, params=params, tokens=tokens, control=control, state=state)
+
+        compile_together(traced())
 
     def admit(self, slot: int, row: SamplerState, state: EngineState) -> EngineState:
         """The state with one row of the sampler's replaced."""
@@ -133,10 +145,12 @@ class EngineSteps:
         steps = [self._admit, *self._decode.values(), *self._read.values()]
         return [record for step in steps for record in step.records]
 
-    def _step(self, steps: dict[SamplerPlan, BucketedStep], name: str, plan: SamplerPlan) -> BucketedStep:
+    def _step(self, plan: SamplerPlan, tokens: Any, control: np.ndarray) -> tuple[BucketedStep, Hashable]:
+        """What decodes, or reads tokens, and the bucket of these arguments."""
+        steps, name = (self._decode, "decode") if tokens is None else (self._read, "read")
         if plan not in steps:
             steps[plan] = BucketedStep(name, functools.partial(advance, plan, self._cfg), ("state",))
-        return steps[plan]
+        return steps[plan], control.shape if tokens is None else (*tokens.shape, control.shape[1])
 
 
 @functools.lru_cache(maxsize=16)

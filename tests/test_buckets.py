@@ -1,7 +1,10 @@
 """Buckets hold what they say, and a step compiles once per bucket or names the argument that would make it compile."""
 
 import dataclasses
+import gc
 import itertools
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferrum_jax.buckets import BucketedStep, Buckets
+from ferrum_jax.buckets import BucketedStep, Buckets, compile_together
 from ferrum_jax.errors import CapacityError, ConfigError, RetraceError
 
 
@@ -107,3 +110,50 @@ def test_donated_buffers_are_reused() -> None:
     cache = jnp.zeros((64, 64))
     out = step(1, cache=cache)
     assert cache.is_deleted() and float(out[0, 0]) == 1.0
+
+
+def test_programs_that_compile_together_are_those_that_would_compile_alone() -> None:
+    step = BucketedStep("double", lambda x: x * 2)
+    assert step(2, x=jnp.ones(2)).tolist() == [2.0] * 2
+    shapes = {size: jax.ShapeDtypeStruct((size,), jnp.float32) for size in (2, 3, 4)}
+    compile_together((step.trace(size, x=shape) for size, shape in shapes.items()), threads=2)
+    assert {record.bucket for record in step.records} == {2, 3, 4} and len(step.records) == 3  # the first of them once
+    for size in shapes:
+        assert step(size, x=jnp.ones(size)).tolist() == [2.0] * size
+    assert len(step.records) == 3
+    with pytest.raises(RetraceError, match=r"argument 'x' changed float32\[3\] -> float32\[4\]"):
+        step(3, x=jnp.ones(4))
+
+
+def test_the_next_program_is_traced_while_the_last_one_compiles() -> None:
+    """The first job ends only when the second has been asked for: one after the other would wait for ever."""
+    asked = threading.Event()
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        yield lambda: ends.append(asked.wait(timeout=60))
+        asked.set()
+        yield lambda: ends.append(True)
+
+    ends: list[bool] = []
+    compile_together(jobs())
+    assert ends == [True, True]
+
+
+def test_a_program_that_does_not_compile_is_heard_of() -> None:
+    def broken() -> None:
+        raise ValueError("no such instruction")
+
+    with pytest.raises(ValueError, match="no such instruction"):
+        compile_together([broken])
+
+
+def test_garbage_is_collected_again_after_a_trace_that_fails() -> None:
+    seen = []
+
+    def broken(x: jax.Array) -> jax.Array:
+        seen.append(gc.isenabled())
+        raise ValueError("no such shape")
+
+    with pytest.raises(ValueError, match="no such shape"):
+        BucketedStep("broken", broken)(1, x=jnp.ones(2))
+    assert seen == [False] and gc.isenabled()

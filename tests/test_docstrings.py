@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.compiling import quickly
-
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
@@ -19,8 +17,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_give_what_they_say(name: str) -> None:
-    with quickly():
-        assert doctest.testmod(importlib.import_module(name)).failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_there_are_examples_to_run() -> None:

@@ -136,9 +136,11 @@ def test_nothing_compiles_outside_the_table_and_a_step_has_the_bucket_of_who_is_
     buckets = Buckets(batch=(1, 2), prefill=(16,), cache=(32, 64))
     greedy = SamplerPlan()
     engine = make(dataclasses.replace(model, cfg=cfg), slots=2, buckets=buckets, plans=(greedy,), pages=32)
-    assert engine.warm_up() == 2 * (2 + 1) == len(engine.records) - 1  # a decode each, a read alone, and the admission
     engine.submit("A", max_tokens=2)
-    list(engine.run())
+    assert engine.warm_up() == 2 * (2 + 1) == len(engine.records) - 1  # a decode each, a read alone, and the admission
+    stats = list(engine.run())[-1].step.stats
+    assert 0 < stats.compile_seconds <= sum(record.seconds for record in engine.records)  # several at a time
+    assert stats.first_token_seconds > 0 and stats.decode_seconds > 0
     compilations, seen = Compilations(), []
     run = engine._steps.decode
 

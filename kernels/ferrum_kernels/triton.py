@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton_few, triton_route, triton_rows
+from ferrum_kernels import triton_dialect, triton_few, triton_route, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.packed import PackedLinear
@@ -98,6 +98,8 @@ def check(*weights: Any) -> None:
     for w in weights:
         if problem := refuses(w):
             raise BackendError(f"{problem}.")
+    if not _interpret.get():
+        triton_dialect.announce()
 
 
 def check_dtype(x: jax.Array) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from tests.support.checkpoint_writer import (
     pack_zeros,
     write_checkpoint,
 )
-from tests.support.compiling import quickly
 
 IDS = np.random.default_rng(0).integers(2, 97, 12).astype(np.int32)
 Q = "model.layers.0.self_attn.q_proj"
@@ -44,12 +42,6 @@ WORDS_ONLY: dict[str, Any] = {
 }
 
 forward = jax.jit(fj.forward, static_argnames="cfg")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly() -> Iterator[None]:
-    with quickly():
-        yield
 
 
 def saying(spec: TinySpec, **settings: Any) -> TinySpec:

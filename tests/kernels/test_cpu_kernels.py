@@ -8,6 +8,8 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +29,17 @@ from tests.support.gptq_cases import Case, make_case, make_linear, make_stack
 from tests.support.implementations import ISAS, instruction_set, needs_library
 
 pytestmark = needs_library
-every_isa = pytest.mark.parametrize("isa", ISAS)
+each_isa = pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.every_isa) for isa in ISAS])
 DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def on_every_isa(run: Callable[[], Any]) -> Iterator[Any]:
+    """What a function gives on each instruction set, as numpy."""
+    for isa in ISAS:
+        print("on", isa)  # shown when the test fails
+        with instruction_set(isa):
+            y = jax.tree.map(np.asarray, run())
+        yield y
 
 
 @st.composite
@@ -68,43 +79,38 @@ def int8_product(x: np.ndarray, case: Case, perm: np.ndarray | None) -> np.ndarr
     return np.asarray(y)
 
 
-@every_isa
+@pytest.mark.every_isa
 @given(case=cases(), rows=st.integers(1, 70), dtype=st.sampled_from(DTYPES), out=st.sampled_from(DTYPES))
-def test_a_product_is_the_dense_one(isa, case, rows, dtype, out):
+def test_a_product_is_the_dense_one(case, rows, dtype, out):
     w = packed(case)
     x = jnp.asarray(normal(rows, rows, w.k), dtype)
-    wide = np.asarray(x, np.float32)
-    with instruction_set(isa):
-        exact = cpu.gptq_matmul(x, w, None, False, out)
-        rounded = cpu.gptq_matmul(x, w, None, True, out)
-    rel = 1e-5 if out == "float32" else ROUNDING[out]
-    assert_close(exact, wide @ case.dense(), rel)
-    assert_close(rounded, int8_product(wide, case, None if w.perm is None else np.asarray(w.perm)), rel)
+    wide, rel = np.asarray(x, np.float32), 1e-5 if out == "float32" else ROUNDING[out]
+    dense, in_codes = wide @ case.dense(), int8_product(wide, case, None if w.perm is None else np.asarray(w.perm))
+    for exact, rounded in on_every_isa(lambda: [cpu.gptq_matmul(x, w, None, r, out) for r in (False, True)]):
+        assert_close(exact, dense, rel)
+        assert_close(rounded, in_codes, rel)
 
 
-@every_isa
+@pytest.mark.every_isa
 @given(k=st.integers(1, 1100), n=st.integers(1, 80), rows=st.integers(1, 20), dtype=st.sampled_from(DTYPES))
-def test_a_plain_product_widens_any_float(isa, k, n, rows, dtype):
+def test_a_plain_product_widens_any_float(k, n, rows, dtype):
     x, w = normal(k, rows, k), jnp.asarray(normal(n, 2, k, n), dtype)
-    with instruction_set(isa):
-        y = cpu.dense_product(jnp.asarray(x), w, 1)
-    assert_close(y, x @ np.asarray(w[1], np.float32))
+    for y in on_every_isa(lambda: cpu.dense_product(jnp.asarray(x), w, 1)):
+        assert_close(y, x @ np.asarray(w, np.float32)[1])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_instruction_set_gives_the_same_bits(bits, rounded):
     w, _ = make_linear(3, k=700, n=75, bits=bits, group_size=64)
     x = jnp.asarray(normal(1, 37, 700))
-    results = []
-    for isa in ISAS:
-        with instruction_set(isa):
-            results.append(np.asarray(cpu.gptq_matmul(x, w, None, rounded, "float32")))
-    for other in results[1:]:
-        np.testing.assert_array_equal(other, results[0])
+    first, *others = on_every_isa(lambda: cpu.gptq_matmul(x, w, None, rounded, "float32"))
+    for other in others:
+        np.testing.assert_array_equal(other, first)
 
 
-@every_isa
+@each_isa
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_row_gets_the_same_bits_alone_and_in_a_batch(isa, rounded):
     w, _ = make_linear(4, k=1200, n=50, group_size=128)
@@ -138,7 +144,7 @@ def specified_experts(x, chosen, weights, gate_up, down):
     return y
 
 
-@every_isa
+@pytest.mark.every_isa
 @given(
     tokens=st.one_of(st.integers(1, 40), st.just(300)),
     experts=st.sampled_from([2, 5, 17]),  # few are shared by all threads, each of many is one thread's
@@ -147,7 +153,7 @@ def specified_experts(x, chosen, weights, gate_up, down):
     group=st.sampled_from([16, 32, -1]),
     seed=st.integers(0, 99),
 )
-def test_experts_are_the_weighted_sum_of_their_mlps(isa, tokens, experts, act_order, bits, group, seed):
+def test_experts_are_the_weighted_sum_of_their_mlps(tokens, experts, act_order, bits, group, seed):
     form = {"bits": bits, "group_size": group, "act_order": act_order}
     gate_up, dense_up = make_stack(seed, experts, k=40, n=48, **form)
     down, dense_down = make_stack(seed + 1, experts, k=24, n=40, **form)
@@ -161,13 +167,12 @@ def test_experts_are_the_weighted_sum_of_their_mlps(isa, tokens, experts, act_or
         )
 
     expected = specified_experts(x, chosen, weights, dense_up, dense_down)
-    with instruction_set(isa):
-        assert_close(run(False), expected, 2e-5)
-        rounded = run(True)
-    assert_close(rounded, expected, 5e-2)
+    for exact, rounded in on_every_isa(lambda: (run(False), run(True))):
+        assert_close(exact, expected, 2e-5)
+        assert_close(rounded, expected, 5e-2)
 
 
-@every_isa
+@each_isa
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_token_gets_the_same_bits_from_its_experts_alone_and_in_a_batch(isa, rounded):
     gate_up, _ = make_stack(1, 17, k=256, n=640, group_size=128)
@@ -198,7 +203,7 @@ def test_nobody_s_token_gets_zero_and_a_layer_is_taken_by_number():
     assert float(jnp.abs(y[1]).max()) == 0.0 < float(jnp.abs(y[0]).max())
 
 
-@every_isa
+@pytest.mark.every_isa
 @given(
     tokens=st.integers(1, 9),
     experts=st.integers(1, 130),
@@ -206,15 +211,14 @@ def test_nobody_s_token_gets_zero_and_a_layer_is_taken_by_number():
     seed=st.integers(0, 99),
     dtype=st.sampled_from(DTYPES),
 )
-def test_routing_is_that_of_the_portable_router(isa, tokens, experts, norm, seed, dtype):
+def test_routing_is_that_of_the_portable_router(tokens, experts, norm, seed, dtype):
     top_k = min(experts, 4)
     x, router = normal(seed, tokens, 48), jnp.asarray(normal(seed + 1, 48, experts), dtype)
-    with instruction_set(isa):
-        logits, chosen, weights = cpu.route(jnp.asarray(x), router, None, top_k, norm)
     expected = plain_route(jnp.asarray(x @ np.asarray(router, np.float32)), top_k, norm)
-    assert_close(logits, expected.logits)
-    np.testing.assert_array_equal(np.asarray(chosen), np.asarray(expected.experts))
-    assert_close(weights, expected.weights)
+    for logits, chosen, weights in on_every_isa(lambda: cpu.route(jnp.asarray(x), router, None, top_k, norm)):
+        assert_close(logits, expected.logits)
+        np.testing.assert_array_equal(chosen, np.asarray(expected.experts))
+        assert_close(weights, expected.weights)
 
 
 def test_ties_go_to_the_smaller_index_and_broken_logits_to_nan():
@@ -231,8 +235,8 @@ def test_ties_go_to_the_smaller_index_and_broken_logits_to_nan():
     assert_close(weights[0], np.full(3, 0.2))
 
 
-@every_isa
-@settings(max_examples=4)  # the plain operations compile anew for every shape
+@pytest.mark.every_isa
+@settings(max_examples=6)  # the plain operations compile anew for every shape
 @given(
     tokens=st.integers(1, 40),
     share=st.integers(1, 5),
@@ -242,44 +246,47 @@ def test_ties_go_to_the_smaller_index_and_broken_logits_to_nan():
     cached=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_attention_is_that_of_the_plain_operations(isa, tokens, share, half, norms, window, cached, seed):
+def test_attention_is_that_of_the_plain_operations(tokens, share, half, norms, window, cached, seed):
     batch, slots, kv, head = 2, 150, 2, 2 * half
     rng = np.random.default_rng(seed)
-    start = jnp.asarray(rng.integers(0, slots - tokens + 1, batch), jnp.int32)
-    count = jnp.asarray([tokens, rng.integers(0, tokens + 1)], jnp.int32)
-    q = jnp.asarray(normal(seed, batch, tokens, kv * share * head))
-    k, v = (jnp.asarray(normal(seed + i, batch, tokens, kv * head)) for i in (1, 2))
-    keys, values = (jnp.asarray(normal(seed + i, 3, batch, slots, kv, head), cached) for i in (3, 4))
-    # A slot that nobody has written may hold anything.
-    unread = jnp.arange(slots)[None] >= (start + count)[:, None]
-    values = jnp.where(unread[None, :, :, None, None], jnp.nan, values)
-    weights = (jnp.asarray(normal(seed, head)), jnp.asarray(normal(seed + 1, head))) if norms else None
-    positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-    inv_freq = jnp.asarray(10000.0 ** -(np.arange(half) / half), jnp.float32)
-    tables = rope_tables(positions, inv_freq, 1.0)
-    with instruction_set(isa):
-        y, (new_keys, new_values) = cpu.attention(
-            q, k, v, weights, 1e-6, *tables, (keys, values), 1, start, count, jnp.int32(window)
-        )
-    heads = [a.reshape(batch, tokens, -1, head) for a in (q, k, v)]
-    if weights is not None:
-        heads[:2] = [rms_norm(a, w, 1e-6) for a, w in zip(heads[:2], weights, strict=True)]
-    heads[:2] = [apply_rope(a, positions, inv_freq) for a in heads[:2]]
-    for b in range(batch):
-        first, real = int(start[b]), int(count[b])
-        at = (1, b, slice(first, first + real))
-        assert_close(new_keys[at].astype(jnp.float32), heads[1][b, :real].astype(cached).astype(jnp.float32), 1e-2)
-        np.testing.assert_array_equal(np.asarray(new_values[at]), np.asarray(heads[2][b, :real].astype(cached)))
-        length = first + real
-        distance = np.arange(first, length)[:, None] - np.arange(length)[None]
-        mask = jnp.asarray((distance >= 0) & (distance < window))[None]
-        seen = [a[1, b, :length].astype(jnp.float32)[None] for a in (new_keys, new_values)]
-        if real:
-            expected = plain_attention(heads[0][b : b + 1, :real], seen[0], seen[1], mask)
-            assert_close(y[b, :real].reshape(1, real, -1, head), expected, 2e-5)
-        assert not np.asarray(y[b, real:]).any()
-    others = np.delete(np.arange(3), 1)
-    np.testing.assert_array_equal(np.asarray(new_keys)[others], np.asarray(keys)[others])
+    start = rng.integers(0, slots - tokens + 1, batch).astype(np.int32)
+    count = np.array([tokens, rng.integers(0, tokens + 1)], np.int32)
+    q, k, v = (normal(seed + i, batch, tokens, kv * n * head) for i, n in enumerate((share, 1, 1)))
+    cache = [normal(seed + i, 3, batch, slots, kv, head).astype(cached) for i in (3, 4)]
+    live = np.arange(slots) < (start + count)[:, None]
+    cache[1][:, ~live] = np.nan  # a slot that nobody has written may hold anything
+    weights = (normal(seed, head), normal(seed + 1, head)) if norms else None
+    positions = start[:, None] + np.arange(tokens, dtype=np.int32)
+    inv_freq = (10000.0 ** -(np.arange(half) / half)).astype(np.float32)
+
+    @jax.jit
+    def kernel():
+        three, two, held, rows = jax.tree.map(jnp.asarray, ((q, k, v), weights, tuple(cache), (start, count)))
+        tables = rope_tables(jnp.asarray(positions), jnp.asarray(inv_freq), 1.0)
+        given: Any = (*three, two, 1e-6, *tables, held, 1, *rows, jnp.int32(window))
+        return cpu.attention(*given)
+
+    @jax.jit
+    def plain(keys, values):
+        """What the cache should hold of the new tokens, and what they see of this cache."""
+        heads = [jnp.asarray(part).reshape(batch, tokens, -1, head) for part in (q, k, v)]
+        if weights is not None:
+            heads[:2] = [rms_norm(a, jnp.asarray(w), 1e-6) for a, w in zip(heads[:2], weights, strict=True)]
+        heads[:2] = [apply_rope(a, jnp.asarray(positions), jnp.asarray(inv_freq)) for a in heads[:2]]
+        distance = jnp.asarray(positions[:, :, None] - np.arange(slots, dtype=np.int32))
+        seen = [jnp.where(live[..., None, None], a[1].astype(jnp.float32), 0.0) for a in (keys, values)]
+        y = plain_attention(heads[0], seen[0], seen[1], (distance >= 0) & (distance < window))
+        return [a.astype(cached).astype(jnp.float32) for a in heads[1:]], y.reshape(batch, tokens, -1)
+
+    for y, new in on_every_isa(kernel):
+        (keys, values), expected = jax.tree.map(np.asarray, plain(*new))
+        for b, real in enumerate(count):
+            at = (1, b, slice(start[b], start[b] + real))
+            assert_close(new[0][at], keys[b, :real], 1e-2)
+            np.testing.assert_array_equal(new[1][at].astype(np.float32), values[b, :real])
+            assert_close(y[b, :real], expected[b, :real], 2e-5)
+            assert not y[b, real:].any()
+        np.testing.assert_array_equal(new[0][[0, 2]], cache[0][[0, 2]])
 
 
 def test_a_donated_cache_is_written_in_place_and_a_scan_copies_no_weights():
