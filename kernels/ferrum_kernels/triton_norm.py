@@ -143,36 +143,49 @@ def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.
 
     tokens, experts = x.shape[0], router.shape[-2]
     routers, index = _stack(router, layer, 2)
-    rows, columns = (16, 32) if tokens <= 256 else (64, 64)
+    # Few programs wait for memory: each reads several segments of the inputs at a time.
+    rows, columns, segments = (16, 16, 4) if tokens <= 256 else (64, 64, 1)
     return pl.pallas_call(
-        functools.partial(_route_kernel, rows, columns, interpret),
+        functools.partial(_route_kernel, rows, columns, segments, interpret),
         out_shape=jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
         grid=(-(-experts // columns), -(-tokens // rows)),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if segments > 1 else 4),
         interpret=interpret,
         name="router",
     )(x, routers, index)
 
 
-def _route_kernel(rows: int, columns: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any) -> None:
+def _route_kernel(
+    rows: int, columns: int, segments: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any
+) -> None:
+    """Rows of all segments times columns of all segments, in one product; those of one segment count."""
     from jax.experimental import pallas as pl
 
     (tokens, d), experts = x.shape, router.shape[-2]
-    row, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
-    column, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
-    size = min(128, max(16, power(d)))
+    each = -(-d // segments)
+    line, place = jnp.arange(segments * rows, dtype=jnp.int32), jnp.arange(columns * segments, dtype=jnp.int32)
+    row, column = pl.program_id(1) * rows + line % rows, pl.program_id(0) * columns + place // segments
+    size = min(128, max(16, power(each)))
     dtype = jnp.float32 if interpret else None
 
+    def read(ref: Any, lead: tuple, index: jax.Array, limit: int, segment: jax.Array, lane: jax.Array) -> jax.Array:
+        at = jnp.broadcast_arrays(index[:, None], segment[:, None] * each + lane[None, :])
+        seen = (at[0] < limit) & (lane < each)[None, :] & (at[1] < d)
+        return _load(ref, (*lead, *at), seen, dtype)
+
     def multiply(i: Any, sums: jax.Array) -> jax.Array:
-        lane, here = _some(i * size, size, d, interpret)
-        of = jnp.broadcast_arrays(row[:, None], lane[None, :])
-        stream = _load(x, tuple(of), seen[:, None] & here[None, :], dtype)
-        of = jnp.broadcast_arrays(column[:, None], lane[None, :])
-        matrix = _load(router, (layer[0], *of), real[:, None] & here[None, :], dtype)
+        lane = i * size + jnp.arange(size, dtype=jnp.int32)
+        stream = read(x, (), row, tokens, line // rows, lane)
+        matrix = read(router, (layer[0],), column, experts, place % segments, lane)
         return sums + lax.dot_general(stream, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
-    sums = lax.fori_loop(0, -(-d // size), multiply, jnp.zeros((rows, columns), jnp.float32))
-    at = tuple(jnp.broadcast_arrays(row[:, None], column[None, :]))
+    sums = lax.fori_loop(0, -(-each // size), multiply, jnp.zeros((line.shape[0], place.shape[0]), jnp.float32))
+    own = (line // rows)[:, None] == (place % segments)[None, :]
+    sums = jnp.sum(jnp.where(own, sums, 0.0).reshape(segments, rows, place.shape[0]), axis=0)
+    sums = jnp.sum(sums.reshape(rows, columns, segments), axis=2)
+    token, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
+    expert, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
+    at = tuple(jnp.broadcast_arrays(token[:, None], expert[None, :]))
     _store(logits, at, sums, seen[:, None] & real[None, :])
 
 
