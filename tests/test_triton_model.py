@@ -82,7 +82,8 @@ def test_weights_in_the_layout_of_the_file_are_refused(demo):
 
 def steps_of(cfg):
     """prefill and decode_step as programs, each traced anew: what was patched since the last trace counts."""
-    return jax.jit(lambda *given: fj.prefill(*given, cfg)), jax.jit(lambda *given: fj.decode_step(*given, cfg))
+    prefill = jax.jit(lambda params, tokens, lengths, cache: fj.prefill(params, tokens, lengths, cache, cfg))
+    return prefill, jax.jit(lambda params, token, cache: fj.decode_step(params, token, cache, cfg))
 
 
 CACHES = {
