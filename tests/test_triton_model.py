@@ -81,6 +81,12 @@ def test_weights_in_the_layout_of_the_file_are_refused(demo):
         )
 
 
+def steps_of(cfg):
+    """prefill and decode_step as programs, each traced anew: what was patched since the last trace counts."""
+    prefill = jax.jit(lambda params, tokens, lengths, cache: fj.prefill(params, tokens, lengths, cache, cfg))
+    return prefill, jax.jit(lambda params, token, cache: fj.decode_step(params, token, cache, cfg))
+
+
 CACHES = {
     "contiguous": lambda cfg: fj.init_cache(cfg, batch=2, length=24),
     "codes in pages": lambda cfg: dataclasses.replace(
@@ -97,10 +103,10 @@ def test_prompts_and_steps_with_its_attention_equal_the_portable_ones(demo, monk
     tokens, lengths = jnp.array([[11, 12, 13, 14, 15], [21, 22, 0, 0, 0]]), jnp.array([5, 2])
 
     def logits():
-        cache = CACHES[kind](cfg)
-        first, cache = fj.prefill(params, tokens, lengths, cache, cfg)
-        more, cache = fj.prefill(params, tokens[:, :3], jnp.array([0, 3]), cache, cfg)
-        last, cache = fj.decode_step(params, jnp.array([31, 32]), cache, cfg)
+        (prefill, decode_step), cache = steps_of(cfg), CACHES[kind](cfg)
+        first, cache = prefill(params, tokens, lengths, cache)
+        more, cache = prefill(params, tokens[:, :3], jnp.array([0, 3]), cache)
+        last, cache = decode_step(params, jnp.array([31, 32]), cache)
         assert cache.lengths.tolist() == [6, 6]
         return [np.asarray(x, np.float64) for x in (first, more[1], last)]
 
@@ -124,8 +130,9 @@ def test_a_whole_model_equals_the_portable_one(demo, monkeypatch):
     tokens, lengths = jnp.array([[11, 12, 13], [21, 22, 0]]), jnp.array([3, 2])
 
     def logits(params, cfg):
-        first, cache = fj.prefill(params, tokens, lengths, fj.init_cache(cfg, batch=2, length=16), cfg)
-        last, _ = fj.decode_step(params, jnp.array([31, 32]), cache, cfg)
+        prefill, decode_step = steps_of(cfg)
+        first, cache = prefill(params, tokens, lengths, fj.init_cache(cfg, batch=2, length=16))
+        last, _ = decode_step(params, jnp.array([31, 32]), cache)
         return [np.asarray(x, np.float64) for x in (first, last)]
 
     portable = logits(params, dataclasses.replace(cfg, implementation="xla"))
