@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from ferrum_kernels import triton
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import decode_kernel, prefill_kernel, write_kernel
+from ferrum_kernels.triton_attention_cuts import decode_cut, most_programs, prefill_cut
 from ferrum_kernels.triton_flash import Cut, Parts, Refs, Statics
-from ferrum_kernels.triton_tiles import little_memory
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -295,46 +295,6 @@ def _check(
             f"keys in int8 take {pools[0].size / 2**30:.1f} GiB; between 2 and 4 GiB the compiler's offsets of 32 bits "
             f"do not reach. Make the cache smaller or larger, or use bfloat16."
         )
-
-
-def _tile(s: Statics, most: int) -> int:
-    """Positions of a tile: less of wide heads, and of any where shared memory is small."""
-    return max(16, min(most, most * 128 // s.head_dim) // (2 if little_memory() else 1))
-
-
-def decode_cut(s: Statics, batch: int) -> Cut:
-    """How one new token per row is cut up: a program for each row and key head, or for each piece of long rows."""
-    few = batch * s.kv_heads < 132
-    whole = 512 if few else 1024
-    if s.capacity <= whole:
-        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3)
-    tile = _tile(s, 64 if few and not s.codes else 128)
-    # Tiles in flight are less where several programs are to share a multiprocessor's memory.
-    return Cut(
-        tile,
-        warps=4,
-        stages=3 if few or s.codes else 2,
-        pieces=max(1, 264 // s.kv_heads),
-        least=max(1, (128 if few else 256) // tile),
-        whole=whole // tile,
-    )
-
-
-def most_programs(capacity: int, cut: Cut, batch: int) -> int:
-    """Pieces of all rows at most: rounding up, each row has one more than its part of those aimed at."""
-    tiles = -(-capacity // cut.tile)
-    return min(batch + cut.pieces, batch * -(-tiles // cut.least), batch * cut.most_parts(tiles))
-
-
-def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
-    """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
-    little = little_memory()
-    width = 64 if little else 256 if s.head_dim <= 128 else 128
-    while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
-        width //= 2
-    count = min(max(1, width // s.padded_group), 1 << (tokens - 1).bit_length())
-    warps = 8 if count * s.padded_group >= 128 else 4
-    return Cut(_tile(s, 64), warps=warps, stages=2 if little or s.head_dim > 128 else 3, queries=count)
 
 
 def _call(

@@ -1,0 +1,49 @@
+"""How the Triton attention kernels are cut up: tiles of positions, pieces of long rows, tiles of queries.
+
+Most numbers were found on an H100 of 132 multiprocessors; where shared memory is small, tiles are half as large.
+"""
+
+from __future__ import annotations
+
+from ferrum_kernels.triton_flash import Cut, Statics
+from ferrum_kernels.triton_tiles import little_memory
+
+
+def _tile(s: Statics, most: int) -> int:
+    """Positions of a tile: less of wide heads, and of any where shared memory is small."""
+    return max(16, min(most, most * 128 // s.head_dim) // (2 if little_memory() else 1))
+
+
+def decode_cut(s: Statics, batch: int) -> Cut:
+    """How one new token per row is cut up: a program for each row and key head, or for each piece of long rows."""
+    few = batch * s.kv_heads < 132
+    whole = 512 if few else 1024
+    if s.capacity <= whole:
+        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3)
+    tile = _tile(s, 64 if few and not s.codes else 128)
+    # Tiles in flight are less where several programs are to share a multiprocessor's memory.
+    return Cut(
+        tile,
+        warps=4,
+        stages=3 if few or s.codes else 2,
+        pieces=max(1, 264 // s.kv_heads),
+        least=max(1, (128 if few else 256) // tile),
+        whole=whole // tile,
+    )
+
+
+def most_programs(capacity: int, cut: Cut, batch: int) -> int:
+    """Pieces of all rows at most: rounding up, each row has one more than its part of those aimed at."""
+    tiles = -(-capacity // cut.tile)
+    return min(batch + cut.pieces, batch * -(-tiles // cut.least), batch * cut.most_parts(tiles))
+
+
+def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
+    """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
+    little = little_memory()
+    width = 64 if little else 256 if s.head_dim <= 128 else 128
+    while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
+        width //= 2
+    count = min(max(1, width // s.padded_group), 1 << (tokens - 1).bit_length())
+    warps = 8 if count * s.padded_group >= 128 else 4
+    return Cut(_tile(s, 64), warps=warps, stages=2 if little or s.head_dim > 128 else 3, queries=count)
