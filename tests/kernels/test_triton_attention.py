@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from ferrum_kernels import triton, triton_attend, triton_attention
+from ferrum_kernels import triton, triton_attend, triton_attention, triton_attention_cuts
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_flash import Cut, Statics
 from tests.support.attention_cases import Case, build, check, fused
@@ -137,7 +137,7 @@ def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
     cut = triton_attention.prefill_cut
     monkeypatch.setattr(triton_attention, "prefill_cut", lambda *a: cuts.append(cut(*a)) or cuts[-1])
     for little in (False, True):
-        monkeypatch.setattr(triton_attention, "little_memory", lambda little=little: little)
+        monkeypatch.setattr(triton_attention_cuts, "little_memory", lambda little=little: little)
         check(CASES["many with a window"], triton_attention.attention)
     assert cuts[1].tile < cuts[0].tile and cuts[1].stages < cuts[0].stages
 
