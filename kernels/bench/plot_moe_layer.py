@@ -94,7 +94,9 @@ def _name_lines(
     """A name beside each line, so that no legend has to be read."""
 
     def name(text: str, at: tuple[float, float], color: str, x: int, y: int, where: str) -> None:
-        how = {"textcoords": "offset points", "ha": where, "va": "center", "fontsize": 9.5}
+        how: dict[str, Any] = {"textcoords": "offset points", "ha": where, "va": "center", "fontsize": 9.5}
+        if color == BLUE:  # the floor's line passes behind
+            how["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
         axes.annotate(text, at, xytext=(x, y), color=color, **how)
 
     near = max(0, len(tokens) - 3)
