@@ -4,6 +4,9 @@ Weights are made on the device, in tiles, and routing is near uniform. Each batc
 values and goes on by the steps that `generate` runs, queued one behind the other.
 
     python kernels/bench/gpu_decode.py --batches 1,16,64 --profile 1,64
+
+With --json, stdout is a report that plot_throughput.py draws, with the roofline of each batch: what reading the weights
+of the experts that equal chances let expect, all other weights, and live keys and values would take.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import datetime
 import glob
+import json
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,8 +31,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_table import READ, device
 
 from ferrum_jax.cache import KVCache, init_cache
+from ferrum_jax.cli.bench_roofline import decode_bytes
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.params import abstract
@@ -147,10 +155,48 @@ def kernels(run: Callable[[], None], steps: int) -> list[tuple[str, float, float
     ]
 
 
-def print_kernels(found: list[tuple[str, float, float]], layers: int) -> None:
+def report_row(cfg: ModelConfig, params: Any, batch: int, context: int, live: float, milliseconds: float) -> dict:
+    """A line as that of `ferrum-jax bench`.
+
+    Args:
+      cfg: the model.
+      params: concrete or abstract.
+      batch: rows.
+      context: tokens of a row at the first step.
+      live: the same, a mean of the steps that were timed.
+      milliseconds: of a step.
+    """
+    read = decode_bytes(cfg, params, batch, live)
+    rate = READ.get(device())
+    return {
+        "batch": batch,
+        "context": context,
+        "fits": True,
+        "tokens_per_second": batch / milliseconds * 1e3,
+        "weight_bytes": read["weights"],
+        "live_cache_bytes": read["cache"],
+        "roofline_tokens_per_second": rate and batch * rate / sum(read.values()),
+    }
+
+
+def report(cfg: ModelConfig, config: Path, rows: list[dict], temperature: float) -> dict[str, Any]:
+    """Lines and what they were measured on."""
+    return {
+        "model": config.stem,
+        "layers": cfg.num_layers,
+        "device": {"kind": jax.devices()[0].device_kind},
+        "versions": {"jax": jax.__version__},
+        "date": datetime.date.today().isoformat(),
+        "temperature": temperature,
+        "decode": rows,
+    }
+
+
+def print_kernels(found: list[tuple[str, float, float]], layers: int, file: Any = None) -> None:
     """A line for each of `kernels`, in shares of a layer."""
     for name, launches, microseconds in found:
-        print(f"    {name[:60]:60} {launches / layers:6.2f} a layer {microseconds / layers:8.2f} us a layer")
+        share = f"{launches / layers:6.2f} a layer {microseconds / layers:8.2f} us a layer"
+        print(f"    {name[:60]:60} {share}", file=file)
 
 
 def main() -> None:
@@ -170,13 +216,16 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--option", action="append", default=[], help="of the compiler, NAME=VALUE")
+    parser.add_argument("--json", action="store_true", help="a report on stdout, and the text on stderr")
     args = parser.parse_args()
     cfg = load_toml_config(args.config)
     layers = args.layers or cfg.num_layers
     cfg = dataclasses.replace(cfg, num_layers=layers, moe_layers=(), sliding_windows=(), lm_head_bits=args.lm_head_bits)
     began = time.perf_counter()
     params = jax.block_until_ready(random_tiles(cfg))
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; weights in {time.perf_counter() - began:.1f} s")
+    talk, rows = sys.stderr if args.json else sys.stdout, []
+    seconds = time.perf_counter() - began
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; weights in {seconds:.1f} s", file=talk)
     options = dict(option.split("=", 1) for option in args.option)
     requests = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=1)
     plan = SamplerPlan.of([requests])
@@ -202,15 +251,22 @@ def main() -> None:
     for (batch, count), (seconds, compiled) in programs.items():
         given = inputs(batch, cache_of(cfg, batch, args.context, args.slots))
         queue = Queue(compiled, params, count, given["going"], given["cache"], given["state"])
-        milliseconds = queue.milliseconds(min(args.steps, (args.slots - args.context) // 6 - 2 * count))
+        steps = min(args.steps, (args.slots - args.context) // 6 - 2 * count)
+        milliseconds = queue.milliseconds(steps)
+        # One dispatch comes before five runs that are timed.
+        live = args.context + count + 2.5 * max(1, steps // count) * count
+        rows.append(report_row(cfg, params, batch, args.context, live, milliseconds))
         print(
             f"batch {batch:4}, {count} steps a dispatch: {milliseconds:7.3f} ms a step, "
             f"{batch / milliseconds * 1e3:8.0f} tok/s (compiled in {seconds:.1f} s)",
+            file=talk,
             flush=True,
         )
         if batch in numbers(args.profile) and count == numbers(args.dispatch)[0]:
-            print_kernels(kernels(partial(queue.run, 2), 2 * count)[: args.rows], layers)
+            print_kernels(kernels(partial(queue.run, 2), 2 * count)[: args.rows], layers, talk)
         del queue, given
+    if args.json:
+        print(json.dumps(report(cfg, args.config, rows, args.temperature)))
 
 
 def numbers(text: str) -> list[int]:

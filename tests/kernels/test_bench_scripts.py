@@ -14,6 +14,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.checkpoint.files import open_checkpoint
 from ferrum_jax.config_file import load_toml_config
+from ferrum_jax.params import abstract
 from tests.conftest import ROOT
 from tests.support.bench_scripts import script
 
@@ -138,3 +139,19 @@ def test_another_model_is_not_held_against_vllm_and_an_unknown_device_has_no_roo
 def test_a_report_without_decode_rows_is_refused() -> None:
     with pytest.raises(SystemExit, match="the report has no rows of decode; make it with  ferrum-jax bench MODEL"):
         script("plot_throughput").draw(report(decode={"tokens_per_second": 3}))
+
+
+def test_a_report_of_gpu_decode_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sizes.toml"
+    path.write_text(SIZES)
+    cfg, module = load_toml_config(path), script("gpu_decode")
+    params = abstract(cfg)
+    unknown = module.report_row(cfg, params, 4, 16, 20.0, 2.0)
+    assert unknown["tokens_per_second"] == 2000 and unknown["roofline_tokens_per_second"] is None
+    monkeypatch.setattr(module, "device", lambda: "H100")
+    row = module.report_row(cfg, params, 4, 16, 20.0, 2.0)
+    # Keys and values of 2 layers of one head of 32, 2 bytes each, for 20 tokens of 4 rows.
+    assert row["live_cache_bytes"] == 2 * 2 * 32 * 2 * 20 * 4
+    assert row["roofline_tokens_per_second"] == 4 * 3.1e12 / (row["weight_bytes"] + row["live_cache_bytes"])
+    made = module.report(cfg, path, [row], 0.0)
+    assert "measured, context 16" in words(script("plot_throughput").draw(made))
