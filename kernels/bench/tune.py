@@ -1,15 +1,20 @@
-"""Measure the tiles of the Triton kernels on this GPU and write their table: python kernels/bench/tune.py --help.
+"""Measure how the GPU kernels are best cut up on this GPU and write their tables: python kernels/bench/tune.py --help.
+
+It covers all of ferrum_kernels/tuned: of the Triton kernels' table "few" and "experts" (expert layers), "rows" (single
+products) and "parts" (those cut along their inputs), and on a Hopper GPU with jax 0.11 the table of the Mosaic GPU
+kernels. "parts" and the Mosaic GPU kernels have been tried on a CPU only so far: that part of this script has not run
+on a GPU yet. Single products are cut by rules and by no table where they have up to 16 rows and are not in parts
+(triton_rows.cut_for), and on Hopper from 512 rows on (mosaic.matrix_ring).
 
 Candidates are compiled in a pool of threads and then timed one after the other, several matrices in rotation as one
 CUDA graph, so that weights come from memory. Every result goes to a log at once: a run that was stopped goes on where
 it was, and a run that is short of time (--budget-seconds) says what is left. A candidate whose numbers are wrong is not
-chosen. The table is written when all of it was measured; commit it beside the others in ferrum_kernels/tuned.
+chosen. The tables are written when all was measured; commit them beside the others in ferrum_kernels/tuned.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -22,15 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import tune_cases as cases_of
+import tune_parts
+import tune_rings
+import tune_tables
 from tune_cases import Case
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "ferrum_kernels"
-TUNED = KERNELS / "tuned"
-SOURCES = ("decode", "few", "matmul", "route")  # of the kernels that are measured
-NOTE = (
-    "tile: rows of a block, outputs, warps, stages, blocks of weights per turn; load: most pairs per expert, or most "
-    "rows; microseconds: up, down and place, or of each shape"
+SOURCES = (  # of the kernels that are measured
+    *("mosaic_matmul", "mosaic_registers", "triton_decode", "triton_few", "triton_matmul", "triton_norm"),
+    *("triton_route", "triton_rows", "triton_tiles"),
 )
 
 
@@ -67,7 +73,7 @@ def source_of_kernels() -> str:
     """A name for what is measured: the kernels' sources and the compiler's version."""
     import jaxlib
 
-    text = "".join((KERNELS / f"triton_{name}.py").read_text("utf-8") for name in SOURCES)
+    text = "".join((KERNELS / f"{name}.py").read_text("utf-8") for name in SOURCES)
     return hashlib.sha256((jaxlib.__version__ + text).encode()).hexdigest()[:12]
 
 
@@ -153,57 +159,32 @@ def timer(options: argparse.Namespace, d: int, f: int, experts: int, top_k: int)
     return lower
 
 
-def make_table(
-    options: argparse.Namespace, sizes: tuple[int, int, int], cases: Sequence[Case], log: Log, device: str, old: Any
-) -> dict[str, Any]:
-    """The table of a device; what was not measured is as in the old table.
+def candidates(options: argparse.Namespace, cfg: Any, old: Any, old_rings: Any, loads: Sequence[float]) -> list[Case]:
+    """All that is to be measured.
 
     Args:
-      options: its loads, rows and the name of its config.
-      sizes: hidden size, intermediate size, experts.
-      cases: that were to be measured.
-      log: results.
-      device: its kind.
-      old: the table so far, for a new device that of its relative.
+      options: the loads, rows and whether only what is near the present tables.
+      cfg: a model's configuration.
+      old: the present table of the Triton kernels.
+      old_rings: that of the Mosaic GPU kernels.
+      loads: pairs per expert for which those are measured.
     """
-    d, f, experts = sizes
-    return {
-        **old,
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "shapes": f"{options.config.stem}: {experts} experts of {d} x {2 * f} and {f} x {d}, 4 bits, groups of 128",
-        "note": NOTE,
-        "few": cases_of.few_rows(cases, log.results, old["few"], f),
-        "experts": cases_of.expert_rows(cases, log.results, options.loads, experts) or old["experts"],
-        "rows": cases_of.row_rows(cases, log.results, options.rows) or old["rows"],
-    }
+    d, f, experts = sizes_of(cfg)
+    cases = cases_of.expert_cases(d, f, experts, options.loads) + cases_of.row_cases(options.rows)
+    if options.few:
+        cases += cases_of.few_cases(d, f, experts, cfg.top_k, old["few"])
+    parts = tune_parts.part_cases(options.parts, old["rows"])
+    rings = tune_rings.ring_cases(d, f, experts, loads, old)
+    if options.near:
+        cases = cases_of.near(cases, old, experts)
+        parts = tune_parts.near_parts(parts, old["parts"])
+        rings = tune_rings.near_rings(rings, old_rings["experts"], experts)
+    return list(dict.fromkeys(cases + parts + rings))  # places and what Triton runs may be there twice
 
 
-def file_of(device_kind: str) -> Path:
-    """The file of a kind of device: its family's where there is one.
-
-    >>> file_of("NVIDIA H100 80GB HBM3").name
-    'nvidia-h100.json'
-    """
-    kind = device_kind.lower().replace(" ", "-")
-    family = max((file.stem for file in TUNED.glob("*.json") if kind.startswith(file.stem)), key=len, default=kind)
-    return TUNED / f"{family}.json"
-
-
-def text_of(table: dict[str, Any]) -> str:
-    """A table for people."""
-    lines = [f"{table['device']}, {table['shapes']}"]
-    parts = [
-        ("few: outputs", "outputs", table["few"]["cuts"]),
-        ("pairs per expert", "load", table["experts"]),
-        ("rows", "load", table["rows"]),
-    ]
-    for title, name, entries in parts:
-        for entry in entries:
-            us = " ".join(f"{t:8.1f}" for t in entry.get("microseconds", []))
-            cuts = (f"{k} {entry[k]!s:22}" for k in ("up", "down", "tile") if k in entry)
-            lines.append(f"{title:16} <= {entry[name]!s:8} {' '.join(cuts):54} {us} us")
-    return "\n".join(lines)
+def sizes_of(cfg: Any) -> tuple[int, int, int]:
+    """Hidden size, intermediate size of an expert, and experts."""
+    return cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
 
 
 def progress(total: int, done: int) -> tuple[Callable[[Case, float | str], None], Callable[[], None]]:
@@ -250,6 +231,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=numbers(int), default=list(cases_of.ROWS), help="rows of single products; empty: none"
     )
+    parser.add_argument(
+        "--parts", type=numbers(int), default=list(tune_parts.ROWS), help="rows of products in parts; empty: none"
+    )
+    parser.add_argument(
+        "--rings",
+        type=numbers(float),
+        default=list(tune_rings.LOADS),
+        help="pairs per expert of the Mosaic GPU kernels; empty: none",
+    )
     parser.add_argument("--few", default=True, action=argparse.BooleanOptionalAction, help="the kernels for few tokens")
     parser.add_argument("--layers", type=int, default=16, help="matrices, or layers of experts, in rotation")
     parser.add_argument("--repeats", type=int, default=5)
@@ -257,6 +247,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     parser.add_argument("--log", type=Path, default=ROOT / ".cache" / "tune.jsonl", help="results; a later run goes on")
     parser.add_argument("--out", type=Path, default=None, help="instead of the device's file in ferrum_kernels/tuned")
+    parser.add_argument("--out-rings", type=Path, default=None, help="the same for the table of the Mosaic GPU kernels")
     parser.add_argument("--near", action="store_true", help="only candidates near the entries of the present table")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
@@ -269,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
 
     from ferrum_jax.config_file import load_toml_config
-    from ferrum_kernels import triton, triton_tiles
+    from ferrum_kernels import mosaic, triton, triton_tiles
 
     # One kernel after the other also in a CUDA graph: those of a program that times them do not need each other. The
     # flags are read when the device is first asked for, and an older compiler would end the process over this one.
@@ -277,13 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flag = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     cfg = load_toml_config(options.config)
-    d, f, experts = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
-    old = triton_tiles.table(jax.devices()[0].device_kind)
-    cases = cases_of.expert_cases(d, f, experts, options.loads) + cases_of.row_cases(options.rows)
-    if options.few:
-        cases += cases_of.few_cases(d, f, experts, cfg.top_k, old["few"])
-    if options.near:
-        cases = cases_of.near(cases, old, experts)
+    device, sizes = jax.devices()[0].device_kind, sizes_of(cfg)
+    old, old_rings, loads = triton_tiles.table(device), mosaic.table(device), options.rings
+    # Without a GPU the candidates can still be listed.
+    problem = None if triton.unavailable() else mosaic.unavailable()
+    if loads and (problem := problem or tune_rings.refuses(*sizes[:2])):
+        print(f"The Mosaic GPU kernels are not measured: {problem}.", file=sys.stderr)
+        loads = []
+    cases = candidates(options, cfg, old, old_rings, loads)
     log = Log(options.log, source_of_kernels())
     todo = len(left(cases, log))
     if options.dry_run:
@@ -297,20 +289,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     report, finish = progress(len(cases), len(cases) - todo)
     try:
-        compile_one = timer(options, d, f, experts, cfg.top_k)
+        compile_one = timer(options, *sizes, cfg.top_k)
         todo = run(cases, log, compile_one, seconds=options.budget_seconds, threads=options.threads, report=report)
     finally:
         finish()
-    device = jax.devices()[0].device_kind
-    out = options.out or file_of(device)
-    table = make_table(options, (d, f, experts), cases, log, device, old)
+    table = tune_tables.make_table(options, sizes, cases, log.results, device, old)
+    tables = [(options.out or tune_tables.file_of("nvidia", device), table)]
+    if loads:
+        table = tune_tables.make_rings(options, sizes, cases, log.results, device, old_rings, loads)
+        tables.append((options.out_rings or tune_tables.file_of("mosaic", device), table))
     if todo:
         print(f"{todo} of {len(cases)} candidates are not measured yet: run this again.", file=sys.stderr)
-        print(f"{out} is as it was.", file=sys.stderr)
-    else:
-        out.write_text(cases_of.as_text(table) + "\n", "utf-8")
-        print(f"wrote {out}", file=sys.stderr)
-    print(json.dumps(table) if options.json else text_of(table))
+    for out, table in tables:
+        if todo:
+            print(f"{out} is as it was.", file=sys.stderr)
+        else:
+            out.write_text(cases_of.as_text(table) + "\n", "utf-8")
+            print(f"wrote {out}", file=sys.stderr)
+        print(json.dumps(table) if options.json else tune_tables.text_of(table))
     return 0
 
 

@@ -1,7 +1,8 @@
 """What tune.py measures and what it makes of it: candidates, which of them wins, and the table that is written.
 
-A case is one kernel at one load with one cut. Results are a mapping of the case's key to microseconds, or to a text
-where it failed, so that the choice depends on nothing but the log.
+Here are the Triton kernels' expert layers and whole products; tune_parts.py has products in parts, tune_rings.py the
+Mosaic GPU kernels. A case is one kernel at one load with one cut. Results are a mapping of the case's key to
+microseconds, or to a text where it failed, so that the choice depends on nothing but the log.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Case:
 
     Attributes:
       product: "up" (gate and up with silu(gate) * up) and "down" by blocks, "few_up" and "few_down" with few tokens,
-        "place", or "rows" for the single product.
+        "place", or "rows" for the single product; those of tune_parts.py and tune_rings.py.
       k, n: inputs and outputs of one matrix; for "place" the experts and 0.
       load: pairs of the expert layer, or rows of the single product.
       cut: as the table has it. Rows of a block, outputs, warps, stages, blocks of weights per turn; with few tokens
@@ -179,11 +180,11 @@ def pairs_of(load: float, experts: int) -> int:
 def thresholds(loads: Sequence[float]) -> list[float | None]:
     """Up to which load each entry serves: the geometric middle of it and the next, to two digits; the last has no end.
 
-    >>> thresholds([1, 4, 16])
-    [2.0, 8.0, None]
+    >>> thresholds([1, 4, 16]), thresholds([])
+    ([2.0, 8.0, None], [])
     """
     middles = [math.sqrt(a * b) for a, b in itertools.pairwise(loads)]
-    return [*(float(f"{middle:.2g}") for middle in middles), None]
+    return [*(float(f"{middle:.2g}") for middle in middles), None] if loads else []
 
 
 def best(cases: Sequence[Case], results: Mapping[str, Any]) -> tuple[Case, float] | None:
@@ -262,6 +263,8 @@ def row_rows(cases: Sequence[Case], results: Mapping[str, Any], rows: Sequence[i
 def as_text(value: Any, indent: str = "") -> str:
     """A table as JSON, as it is kept in the repository: entries of a list of objects are one line each.
 
+    An entry that holds objects has a line for each of its fields.
+
     >>> print(as_text({"date": "today", "rows": [{"load": 8}, {"load": None}]}))
     {
       "date": "today",
@@ -276,5 +279,12 @@ def as_text(value: Any, indent: str = "") -> str:
         parts = [f"{more}{json.dumps(name)}: {as_text(part, more)}" for name, part in value.items()]
         return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return "[\n" + ",\n".join(f"{more}{json.dumps(entry)}" for entry in value) + f"\n{indent}]"
+        return "[\n" + ",\n".join(more + _entry(entry, more) for entry in value) + f"\n{indent}]"
     return json.dumps(value)
+
+
+def _entry(entry: Mapping[str, Any], indent: str) -> str:
+    if not any(isinstance(part, Mapping) for part in entry.values()):
+        return json.dumps(entry)
+    fields = (f"{indent}  {json.dumps(name)}: {json.dumps(part)}" for name, part in entry.items())
+    return "{\n" + ",\n".join(fields) + f"\n{indent}}}"

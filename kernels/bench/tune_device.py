@@ -12,16 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_table import random_stack
 from tune_cases import Case
+from tune_parts import cut_of
+from tune_rings import ring_of
 
-from ferrum_kernels import dequantize, triton_few, triton_route
+from ferrum_kernels import dequantize, mosaic_matmul, triton_few, triton_norm, triton_route, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear, untile
 from ferrum_kernels.triton_matmul import Rows, product
+from ferrum_kernels.triton_tiles import fit
 
 LARGEST_ERROR = 4e-3  # of a product rounded to bfloat16, against float32
 COLD = 96 * 2**20  # bytes of single matrices in rotation, about twice what a GPU's cache holds
 MOST_KERNELS = 24  # of a program: each is compiled anew, though they are alike
 SAMPLES = 8  # rows that are checked
+RING_SAMPLES = 24  # of a ring, which multiplies blocks of few rows otherwise than full ones
 SECONDS = 4e-3  # of work that is queued for one measurement
 
 
@@ -84,6 +88,7 @@ class Bench:
     def program(self, case: Case) -> Program:
         """The program of a case; safe to call in threads."""
         makers = {"place": self._place, "rows": self._rows, "few_up": self._few, "few_down": self._few}
+        makers |= {"parts": self._parts, "whole": self._parts, "ring_up": self._ring, "ring_down": self._ring}
         make = makers.get(case.product, self._experts)
         return make(case)
 
@@ -191,8 +196,9 @@ class Bench:
 
         return Program(step, (x, weights, jnp.asarray(live), stack), self.layers, error)
 
-    def _rows(self, case: Case) -> Program:
-        block, m, k, n = case.cut[0], case.load, case.k, case.n
+    def _matrices(self, case: Case) -> tuple[TiledLinear, jax.Array, np.ndarray, jax.Array]:
+        """A stack of single matrices, activations, some of their rows and those times the first matrix in float32."""
+        m, k, n = case.load, case.k, case.n
 
         def make() -> tuple[TiledLinear, jax.Array, np.ndarray, jax.Array]:
             # More matrices than the cache holds, but for small ones, which then come from it.
@@ -202,7 +208,11 @@ class Bench:
             dense = dequantize(untile(w[0]), jnp.float32)
             return w, x, rows, jnp.matmul(x[rows].astype(jnp.float32), dense, precision="highest")
 
-        w, x, rows, expected = self._once(("rows", m, k, n), make)
+        return self._once(("rows", m, k, n), make)
+
+    def _rows(self, case: Case) -> Program:
+        block, m = case.cut[0], case.load
+        w, x, rows, expected = self._matrices(case)
 
         @jax.jit
         def one(x: jax.Array, layer: jax.Array, w: TiledLinear) -> jax.Array:
@@ -213,6 +223,79 @@ class Bench:
             return [one(x, jnp.int32(i), w) for i in range(w.lead[0])]
 
         return Program(step, (x, w), w.lead[0], lambda results: relative(results[0][rows], expected))
+
+    def _parts(self, case: Case) -> Program:
+        """A product in parts or whole, and the norm that reads it; the stream it is added to is zero."""
+        m, whole = case.load, case.product == "whole"
+        w, x, rows, expected = self._matrices(case)
+        cut = triton_rows.cut_for(m, case.n, case.blocks) if whole else cut_of(case)
+        if cut is None:
+            raise ValueError(f"{case.key} is not cut into parts; measure the whole product.")
+
+        def multiply(x: jax.Array, w: TiledLinear, layer: jax.Array) -> jax.Array:
+            if whole and m > triton_rows.MOST:
+                tile, block = fit(case.tile, case.columns, case.blocks), case.cut[0]
+                blocks = -(-m // block)
+                return product(x, w, layer, Rows(block), blocks, m, tile, jnp.bfloat16, interpret=self.interpret)
+            return triton_rows.product(x, w, layer, cut, jnp.bfloat16 if whole else jnp.float32, self.interpret)
+
+        @jax.jit
+        def one(x: jax.Array, stream: jax.Array, weight: jax.Array, layer: jax.Array, w: TiledLinear) -> jax.Array:
+            y = multiply(x, w, layer)
+            return triton_norm.add_norm(stream, y, weight, None, 1e-6, self.interpret)[0]
+
+        def step(x: jax.Array, stream: jax.Array, weight: jax.Array, w: TiledLinear) -> list[jax.Array]:
+            return [one(x, stream, weight, jnp.int32(i), w) for i in range(w.lead[0])]
+
+        norm = jnp.zeros((m, case.n), jnp.bfloat16), jnp.ones(case.n, jnp.bfloat16)
+        return Program(step, (x, *norm, w), w.lead[0], lambda results: relative(results[0][rows], expected))
+
+    def _ring(self, case: Case) -> Program:
+        ring, pairs, gated = ring_of(case), case.load, case.product == "ring_up"
+        stack, share = self.stacks[case.product.removeprefix("ring_")], tokens_share(pairs, self.top_k)
+        layers = self.layers if pairs <= 2048 else min(self.layers, 8)
+        tables = self._tables(pairs, ring.block)
+        slots = len(tables[0]) * ring.block
+
+        def inputs() -> jax.Array:
+            """Tokens, or rows in blocks as gate and up leave them."""
+            rows = pairs // share if gated else slots
+            return jax.random.normal(jax.random.key(pairs), (rows, case.k), jnp.bfloat16)
+
+        x = self._once(("inputs", case.product, pairs, ring.block), inputs)
+
+        @jax.jit
+        def one(x: jax.Array, tables: Any, layer: jax.Array, w: TiledLinear) -> jax.Array:
+            rows = Rows(ring.block, *tables[:3], order=tables[3])
+            how = {"gated": gated, "pairs_per_row": share if gated else 0, "by_pair": not gated}
+            return mosaic_matmul.product(x, w, layer, rows, slots if gated else pairs, ring, **how)
+
+        def step(x: jax.Array, tables: Any, w: TiledLinear) -> list[jax.Array]:
+            return [one(x, tables, jnp.int32(layer), w) for layer in range(layers)]
+
+        def expected() -> tuple[np.ndarray, np.ndarray, jax.Array]:
+            """All rows of the first result that must be written, some of them, and what those are in float32."""
+            experts, starts, counts, order = map(np.asarray, tables)
+            used = int((counts > 0).sum())
+            block = np.repeat(np.arange(used), counts[:used])  # of each place
+            slot = block * ring.block + np.arange(pairs) - starts[block]
+            to = slot if gated else order
+            place = np.random.default_rng(0).permutation(pairs)[:RING_SAMPLES]
+            at = experts[block[place]]
+            dense = dequantize(untile(jax.tree.map(lambda leaf: leaf[0][at], stack)), jnp.float32)
+            source = x[order[place] // share if gated else slot[place]].astype(jnp.float32)
+            y = jnp.einsum("pk,pkn->pn", source, dense, precision="highest")
+            if gated:
+                gate, up = jnp.split(y, 2, axis=-1)
+                y = jax.nn.silu(gate) * up
+            return to, to[place], y
+
+        def error(results: list[jax.Array]) -> float:
+            rows, some, y = self._once(("expected", case.product, pairs, ring.block), expected)
+            written = bool(jnp.isfinite(results[0][rows]).all())
+            return relative(results[0][some], y) if written else float("inf")
+
+        return Program(step, (x, tables, stack), layers, error)
 
     def _place(self, case: Case) -> Program:
         [block], pairs = case.cut, case.load

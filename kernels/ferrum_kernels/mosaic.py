@@ -14,13 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton, triton_route
+from ferrum_kernels import triton, triton_route, triton_tiles
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.mosaic_matmul import Ring, multiprocessors, product
 from ferrum_kernels.tiles import TiledLinear
 from ferrum_kernels.triton_matmul import Rows
-from ferrum_kernels.triton_tiles import FOLDER
 
 NAME = "mosaic"
 NAMES = (triton.NAME, NAME)  # which take weights in tiles
@@ -69,8 +68,14 @@ def takes(x: jax.Array, gate_up: TiledLinear, down: TiledLinear) -> bool:
 
 
 @functools.cache
-def _table() -> list[dict[str, Any]]:
-    return json.loads((FOLDER / "mosaic-h100.json").read_text(encoding="utf-8"))["experts"]
+def table(device_kind: str) -> dict[str, Any]:
+    """The measured table for a kind of device, its family's, or else that of an H100.
+
+    >>> sorted(table("NVIDIA H200"))
+    ['date', 'device', 'experts', 'note', 'shapes']
+    """
+    file = triton_tiles.file_of(NAME, device_kind) or triton_tiles.FOLDER / "mosaic-h100.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def rings(pairs: int, num_experts: int) -> tuple[Ring, Ring] | None:
@@ -82,7 +87,8 @@ def rings(pairs: int, num_experts: int) -> tuple[Ring, Ring] | None:
     128
     """
     load = pairs / num_experts
-    row = next(row for row in _table() if row["load"] is None or load <= row["load"])
+    rows = table(jax.devices()[0].device_kind)["experts"]
+    row = next(row for row in rows if row["load"] is None or load <= row["load"])
     if row["up"] is None:
         return None
     up, down = ({**ring, "columns": tuple(ring["columns"])} for ring in (row["up"], row["down"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,31 @@ def table(device_kind: str) -> dict[str, Any]:
     >>> sorted(table("NVIDIA H200"))
     ['date', 'device', 'experts', 'few', 'note', 'parts', 'rows', 'shapes']
     """
-    names = {file.stem: file for file in FOLDER.glob("*.json")}
-    kind = device_kind.lower().replace(" ", "-")
-    best = max((name for name in names if kind.startswith(name)), key=len, default="nvidia-h100")
-    return json.loads(names[best].read_text(encoding="utf-8"))
+    return json.loads((file_of("nvidia", device_kind) or FOLDER / "nvidia-h100.json").read_text(encoding="utf-8"))
+
+
+def file_of(backend: str, device_kind: str) -> Path | None:
+    """The file in tuned/ that a kind of device's or its family's table is in; None where neither was measured.
+
+    Args:
+      backend: how the file's name begins: "nvidia" for the Triton kernels, "mosaic" for those.
+      device_kind: as JAX says it.
+
+    >>> [file.name for kind in ("NVIDIA H100 PCIe", "NVIDIA A100") if (file := file_of("mosaic", kind))]
+    ['mosaic-h100.json']
+    """
+    name = name_of(backend, device_kind)
+    found = [file for file in FOLDER.glob(f"{backend}-*.json") if name.startswith(file.stem)]
+    return max(found, key=lambda file: len(file.stem), default=None)
+
+
+def name_of(backend: str, device_kind: str) -> str:
+    """What a device's table is called, without a family.
+
+    >>> name_of("mosaic", "NVIDIA H100 80GB HBM3")
+    'mosaic-h100-80gb-hbm3'
+    """
+    return f"{backend}-{device_kind.lower().replace(' ', '-').removeprefix('nvidia-')}"
 
 
 def little_memory() -> bool:
@@ -110,14 +132,20 @@ def part_cut(rows: int, w: TiledLinear) -> triton_rows.Cut | None:
     """How a product of some rows with one matrix is cut into parts; None where it is better whole.
 
     A row of the table is outputs and rows of a program, warps, stages, blocks per turn and about how many programs
-    there should be, from which the parts follow.
+    there should be, from which the parts follow; null where products of so many rows are better whole.
     """
     parts = table(jax.devices()[0].device_kind)["parts"]
     found = next((row["cut"] for row in parts if rows <= row["load"]), None)
-    if found is None:
-        return None
-    n, block, warps, stages, step, programs = found
-    columns, blocks = w.words.shape[-2], w.num_blocks
+    return None if found is None else parts_of(found, rows, w.words.shape[-2], w.num_blocks)
+
+
+def parts_of(numbers: Sequence[int], rows: int, columns: int, blocks: int) -> triton_rows.Cut | None:
+    """What a row of the table is for a product of some rows with a weight; None where that is better whole.
+
+    >>> parts_of([64, 64, 4, 3, 1, 256], 64, 2048, 32)
+    Cut(n=64, splits=1, warps=4, stages=3, rows=64, parts=8, step=1, merge=True)
+    """
+    n, block, warps, stages, step, programs = numbers
     if little_memory():
         stages, step = min(stages, 2), 1
     while columns % n:

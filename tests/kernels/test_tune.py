@@ -11,23 +11,27 @@ from typing import Any
 import jax
 import pytest
 
-from ferrum_kernels import triton_tiles
+from ferrum_jax.config_file import load_toml_config
+from ferrum_kernels import dequantize, triton, triton_tiles
+from ferrum_kernels.tiles import untile
 from ferrum_kernels.triton_tiles import fit
 from tests.conftest import ROOT
 from tests.support.bench_scripts import script
-from tests.support.triton_cases import ignore_deprecation
+from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
 
 tune, tune_cases, tune_device = script("tune"), script("tune_cases"), script("tune_device")
+tune_parts, tune_rings, tune_tables = script("tune_parts"), script("tune_rings"), script("tune_tables")
 Case = tune_cases.Case
 LOADS = [0.25, 1.0, 4.0]
-TABLE = json.loads((tune.TUNED / "nvidia-h100.json").read_text())
+TUNED = triton_tiles.FOLDER
+TABLE, RINGS = (json.loads((TUNED / f"{name}-h100.json").read_text()) for name in ("nvidia", "mosaic"))
 CASES = tune_cases.expert_cases(256, 128, 8, LOADS) + tune_cases.row_cases([1, 64], [(256, 128)])
 CASES += tune_cases.few_cases(256, 128, 8, 2, TABLE["few"])
 
 
 def all_cases():
-    cases = tune_cases.expert_cases(2048, 768, 128, tune_cases.LOADS) + tune_cases.row_cases(tune_cases.ROWS)
-    return cases + tune_cases.few_cases(2048, 768, 128, 8, TABLE["few"])
+    options = tune.parse([])
+    return tune.candidates(options, load_toml_config(options.config), TABLE, RINGS, options.rings)
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +48,15 @@ def test_candidates_divide_their_weights_and_differ():
     cases = all_cases()
     assert len({case.key for case in cases}) == len(cases)
     for case in cases:  # as the kernels read an entry
-        if case.product.startswith("few"):
+        if case.product.startswith("ring"):
+            assert tune_rings.is_valid(tune_rings.ring_of(case))
+            assert tune_rings.ring_of(case).outputs in (128, 256)  # which divide what `mosaic.takes`
+        elif case.product == "parts":
+            cut = tune_parts.cut_of(case)
+            assert cut.parts > 1 and case.columns % cut.n == case.blocks % cut.step == 0
+        elif case.product.startswith("few"):
             assert triton_tiles._cut(list(case.cut), case.columns, case.blocks) == case.few
-        elif case.product != "place":
+        elif case.product not in ("place", "whole"):
             assert fit(case.tile, case.columns, case.blocks) == case.tile
             assert case.tile == triton_tiles._tile(list(case.cut))[1]
     for load in tune_cases.LOADS:  # every load can be served
@@ -72,9 +82,13 @@ def test_results_are_of_all_sources_of_the_kernels(tmp_path, monkeypatch):
     needed, left = set(), [(ROOT / "kernels" / "bench" / "tune_device.py").read_text()]
     while left:
         found = {
-            name for line in left.pop().splitlines() if "import" in line for name in re.findall(r"triton_(\w+)", line)
+            name
+            for line in left.pop().splitlines()
+            if "import" in line
+            for name in re.findall(r"(?:triton|mosaic)_\w+", line)
+            if (tune.KERNELS / f"{name}.py").exists()
         }
-        left += [(tune.KERNELS / f"triton_{name}.py").read_text() for name in found - needed]
+        left += [(tune.KERNELS / f"{name}.py").read_text() for name in found - needed]
         needed |= found
     assert set(tune.SOURCES) == needed
     names = {tune.source_of_kernels()}
@@ -82,7 +96,7 @@ def test_results_are_of_all_sources_of_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "KERNELS", tmp_path / "copy")
     assert tune.source_of_kernels() in names
     for name in tune.SOURCES:
-        with (tmp_path / "copy" / f"triton_{name}.py").open("a") as file:
+        with (tmp_path / "copy" / f"{name}.py").open("a") as file:
             file.write("# changed\n")
         names.add(tune.source_of_kernels())
     assert len(names) == 1 + len(tune.SOURCES)
@@ -164,7 +178,7 @@ def test_the_table_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch
     options = tune.parse(["--config", str(config), "--loads", "0.25,1,4", "--rows", "1,64"])
     results = tune.Log(log, "a")
     fill(results)
-    table = tune.make_table(options, (256, 128, 8), CASES, results, "NVIDIA Imaginary", TABLE)
+    table = tune_tables.make_table(options, (256, 128, 8), CASES, results.results, "NVIDIA Imaginary", TABLE)
     out.write_text(tune_cases.as_text(table))
     assert [entry["load"] for entry in table["experts"]] == [0.5, 2.0, None]
     assert [entry["load"] for entry in table["rows"]] == [8.0, None]
@@ -175,14 +189,14 @@ def test_the_table_that_is_written_is_the_one_that_is_read(tmp_path, monkeypatch
         assert json.loads(out.read_text()) == table
     finally:
         triton_tiles.table.cache_clear()
-    assert f"pairs per expert <= {'None':8} up {table['experts'][-1]['up']}" in tune.text_of(table)
+    assert f"pairs per expert <= {'None':8} up {table['experts'][-1]['up']}" in tune_tables.text_of(table)
     # What was not measured stays as it was.
-    kept = tune.make_table(options, (256, 128, 8), CASES, tune.Log(tmp_path / "none", "a"), "NVIDIA Imaginary", TABLE)
+    kept = tune_tables.make_table(options, (256, 128, 8), CASES, {}, "NVIDIA Imaginary", TABLE)
     assert {name for name in kept if kept[name] != TABLE[name]} <= {"device", "date", "shapes", "note"}
 
 
 def test_near_candidates_are_the_present_entry_and_its_neighbours():
-    cases = all_cases()
+    cases = [case for case in all_cases() if re.match("up|down|few|rows|place", case.product)]
     few = tune_cases.near(cases, TABLE, 128)
     assert {(case.product, case.load) for case in few} == {(case.product, case.load) for case in cases}
     assert len(few) < len(cases) / 2
@@ -196,7 +210,7 @@ def test_near_candidates_are_the_present_entry_and_its_neighbours():
 
 
 def test_the_shipped_table_is_in_the_form_that_is_written():
-    for path in tune.TUNED.glob("nvidia-*.json"):
+    for path in TUNED.glob("*.json"):
         assert tune_cases.as_text(json.loads(path.read_text())) + "\n" == path.read_text(), path.name
 
 
@@ -226,6 +240,9 @@ def test_without_a_gpu_it_says_what_is_needed(tmp_path, capsys):
         Case("down", 128, 256, 24, (8, 64, 4, 2, 1)),
         Case("place", 8, 0, 24, (8,)),
         Case("rows", 256, 64, 3, (8, 64, 4, 2, 2)),
+        Case("parts", 512, 128, 5, (64, 16, 4, 3, 1, 4)),
+        Case("whole", 512, 128, 5, ()),
+        Case("whole", 512, 128, 17, (32, 64, 4, 3, 4)),
     ],
     ids=lambda case: case.key,
 )
@@ -246,17 +263,17 @@ def bench():
 
 
 def test_a_whole_run(tmp_path, monkeypatch, capsys):
-    from ferrum_kernels import triton
-
     def fake_timer(options, d, f, experts, top_k):
         return lambda case: lambda: lambda: 100.0 / (case.cut[0] + 1) + case.cut[-1]
 
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(tune, "timer", fake_timer)
     out, log = tmp_path / "table.json", str(tmp_path / "log.jsonl")
-    arguments = ["--loads", "1,64", "--rows", "8", "--out", str(out), "--log", log, "--threads", "2"]
+    arguments = ["--loads", "1,64", "--rows", "8", "--parts", "", "--out", str(out), "--log", log, "--threads", "2"]
     assert tune.main([*arguments, "--budget-seconds", "0"]) == 0
-    assert "candidates are not measured yet: run this again.\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "candidates are not measured yet: run this again.\n" in said
+    assert "The Mosaic GPU kernels are not measured: it needs a Hopper GPU, compute capability 9.0; " in said
     assert not out.exists()
     assert tune.main([*arguments, "--json"]) == 0
     text = capsys.readouterr()
@@ -277,3 +294,43 @@ def test_the_compiler_is_told_before_the_device_is_asked_for(tmp_path, monkeypat
     monkeypatch.setattr(jax, "devices", lambda: flags.append(os.environ["XLA_FLAGS"]) or devices())
     assert tune.main(["--dry-run", "--near", "--rows", "", "--log", str(tmp_path / "log.jsonl")]) == 0
     assert flags and all("--xla_gpu_command_buffer_scheduling_mode=SERIALIZE" in found for found in flags)
+
+
+RING_CASES = [Case("ring_up", 256, 256, 48, (1, 4, 2, 2, 8, 16)), Case("ring_down", 128, 256, 48, (1, 6, 2, 4, 8))]
+
+
+def in_plain_jax(x, w, layer, rows, out_rows, ring, *, gated=False, pairs_per_row=0, by_pair=False):
+    """What mosaic_matmul.product computes; rows that no block has are NaN."""
+    block = jax.numpy.repeat(jax.numpy.arange(len(rows.counts)), ring.block)
+    inside = jax.numpy.tile(jax.numpy.arange(ring.block), len(rows.counts))
+    place = rows.starts[block] + inside
+    pair = rows.order[place]
+    dense = dequantize(untile(jax.tree.map(lambda leaf: leaf[layer], w)), jax.numpy.float32)
+    source = x[pair // pairs_per_row if pairs_per_row else block * ring.block + inside]
+    y = jax.numpy.einsum("pk,pkn->pn", source.astype("float32"), dense[rows.experts[block]])
+    if gated:
+        gate, up = jax.numpy.split(y, 2, axis=1)
+        y = jax.nn.silu(gate) * up
+    to = pair if by_pair else block * ring.block + inside
+    to = jax.numpy.where(inside < rows.counts[block], to, out_rows)
+    return jax.numpy.full((out_rows, y.shape[1]), jax.numpy.nan, "bfloat16").at[to].set(y.astype("bfloat16"))
+
+
+@pytest.mark.parametrize("case", RING_CASES, ids=lambda case: case.key)
+def test_what_is_expected_of_a_ring(case, bench, monkeypatch):
+    monkeypatch.setattr(tune_device.mosaic_matmul, "product", in_plain_jax)
+    program = bench.program(case)
+    [y] = jax.jit(program.step)(*program.arguments)
+    assert program.error([y]) < tune_device.LARGEST_ERROR
+    assert program.error(program.memory()) == float("inf")
+    written = jax.numpy.flatnonzero(jax.numpy.isfinite(y).all(1))
+    assert len(written) == case.load
+    assert program.error([y.at[written[-1]].set(jax.numpy.nan)]) == float("inf")
+    assert program.error([jax.numpy.roll(y, 1, axis=1)]) > tune_device.LARGEST_ERROR
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
+@pytest.mark.parametrize("case", RING_CASES, ids=lambda case: case.key)
+def test_a_ring_lowers_for_cuda(case, bench):
+    program = bench.program(case)
+    assert len(re.findall(r"gptq_(?:gated|product)_mosaic_gpu", lower_for_cuda(program.step, *program.arguments))) >= 1

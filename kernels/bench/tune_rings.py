@@ -1,0 +1,143 @@
+"""The Mosaic GPU kernels' table of tune.py: candidates for the rings of both products, and which of them wins.
+
+Both products share the places of one block, so the block is chosen for the sum of them and of the kernel that finds
+the places. The Triton kernels are timed at the same load as their table has them, and keep the loads that they win.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tune_cases import Case, best, expert_rows, pairs_of, serving, thresholds
+
+from ferrum_kernels.mosaic_matmul import Ring
+from ferrum_kernels.mosaic_registers import GROUP, RUN
+from ferrum_kernels.tiles import PLANE
+
+LOADS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
+COLUMNS = (
+    *((8,), (16,), (24,), (32,), (8, 16), (8, 24), (16, 32), (32, 64), (64, 128)),
+    *((16, 32, 48), (32, 64, 96), (16, 32, 48, 64), (32, 64, 96, 128)),
+)
+SHAPES = ((1, 2), (2, 2), (1, 4))  # parts and warpgroups
+FLIGHTS = ((4, 2), (5, 2), (6, 2), (6, 3), (8, 3), (8, 4))  # stages and lag
+NO_LAG = 2  # of down, which gathers nothing
+MOST_COLUMNS = {2: 128, 4: 32}  # that registers hold, by warpgroups
+SHARED_MEMORY = 227 * 1024  # bytes that a program of a Hopper GPU may use
+BARRIERS = 1024  # bytes, more than enough
+
+
+def ring_of(case: Case) -> Ring:
+    """As the kernel takes a case's cut: parts, stages, lag, warpgroups and the columns."""
+    parts, stages, lag, warpgroups, *columns = case.cut
+    return Ring(tuple(columns), parts, stages, lag, warpgroups)
+
+
+def refuses(d: int, f: int) -> str | None:
+    """Why the kernels do not take layers of hidden size d and intermediate size f, or None; see mosaic.takes."""
+    if d % 256 == 0 and f % 128 == 0:
+        return None
+    return f"they take hidden sizes that 256 divides and intermediate sizes that 128 divides; these are {d} and {f}"
+
+
+def is_valid(ring: Ring) -> bool:
+    """Whether a ring fits shared memory and registers."""
+    stage = ring.outputs * (2 * PLANE + 2) + ring.block * 2 * GROUP
+    staging = ring.warpgroups * ring.block * 2 * RUN * 2
+    return (
+        ring.lag < ring.stages
+        and ring.block <= MOST_COLUMNS[ring.warpgroups]
+        and ring.stages * stage + staging + BARRIERS <= SHARED_MEMORY
+    )
+
+
+def ring_cases(
+    d: int, f: int, experts: int, loads: Sequence[float], triton_table: Mapping[str, Any] | None = None
+) -> list[Case]:
+    """Every candidate: "ring_up", "ring_down" and "place", and with a table what Triton runs at the same loads."""
+    cases: list[Case] = []
+    for load in loads:
+        pairs = pairs_of(load, experts)
+        mean, blocks = pairs / experts, set()
+        for columns in COLUMNS:
+            if not min(mean / 4, 32) <= columns[-1] <= max(16.0, 2 * mean):
+                continue
+            blocks.add(columns[-1])
+            for parts, warpgroups in SHAPES:
+                for product, k, n in (("ring_up", d, 2 * f), ("ring_down", f, d)):
+                    lags = FLIGHTS if product == "ring_up" else sorted({(stages, NO_LAG) for stages, _ in FLIGHTS})
+                    made = [Case(product, k, n, pairs, (parts, *flight, warpgroups, *columns)) for flight in lags]
+                    cases += [case for case in made if is_valid(ring_of(case))]
+        if triton_table is not None:
+            entry = triton_table["experts"][serving(triton_table["experts"], "load", mean)]
+            cases.append(Case("up", d, 2 * f, pairs, tuple(entry["up"])))
+            cases.append(Case("down", f, d, pairs, tuple(entry["down"])))
+            blocks.add(max(entry["up"][0], entry["down"][0]))
+        cases += [Case("place", experts, 0, pairs, (block,)) for block in sorted(blocks)]
+    return cases
+
+
+def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], experts: int) -> list[Case]:
+    """The cases whose ring differs from the table's at their load in at most two fields, and those without a ring.
+
+    Where the table has no ring, the next load's counts. Down's lag does not, as nothing reads it.
+    """
+    rings = [row for row in table if row["up"] is not None]
+
+    def is_near(case: Case) -> bool:
+        name = case.product.removeprefix("ring_")
+        end = math.inf if rings[-1]["load"] is None else rings[-1]["load"]
+        here = rings[serving(rings, "load", min(case.load / experts, end))][name]
+        mine = entry_of(ring_of(case))
+        names = mine.keys() - ({"lag"} if name == "down" else set())
+        return sum(mine[field] != here[field] for field in names) <= 2
+
+    return [case for case in cases if not case.product.startswith("ring_") or not rings or is_near(case)]
+
+
+def entry_of(ring: Ring) -> dict[str, Any]:
+    """A ring as the table has it."""
+    return {**dataclasses.asdict(ring), "columns": list(ring.columns)}
+
+
+def ring_rows(cases: Sequence[Case], results: Mapping[str, Any], loads: Sequence[float], experts: int) -> list[dict]:
+    """The table's "experts"; empty where no ring was measured.
+
+    An entry is null for both products where Triton's kernels take no longer, or where no ring gave a right result.
+    """
+    entries, measured = [], False
+    for load, end in zip(loads, thresholds(loads), strict=True):
+        here = [case for case in cases if case.load == pairs_of(load, experts)]
+        found = _fastest(here, results, experts)
+        measured |= found is not None
+        triton = expert_rows(here, results, [load], experts)
+        if found is None or (triton and sum(triton[0]["microseconds"]) <= sum(found[1])):
+            entries.append({"load": end, "up": None, "down": None})
+            continue
+        up, down = map(entry_of, found[0])
+        entries.append({"load": end, "up": up, "down": down, "microseconds": found[1]})
+    return entries if measured else []
+
+
+def _fastest(
+    cases: Sequence[Case], results: Mapping[str, Any], experts: int
+) -> tuple[tuple[Ring, Ring], list[float]] | None:
+    """Both rings of one load and the microseconds of up, down and place; equal sums go to the smaller block."""
+    choices = []
+    rings = [case for case in cases if case.product.startswith("ring_")]
+    for block in sorted({case.cut[-1] for case in rings}):
+        up, down = (
+            best([case for case in rings if case.product == product and case.cut[-1] == block], results)
+            for product in ("ring_up", "ring_down")
+        )
+        place = results.get(Case("place", experts, 0, cases[0].load, (block,)).key)
+        if up is not None and down is not None and isinstance(place, float):
+            times = [up[1], down[1], round(place, 1)]
+            choices.append((round(sum(times), 1), block, (ring_of(up[0]), ring_of(down[0])), times))
+    if not choices:
+        return None
+    *_, rings_of_both, times = min(choices, key=lambda choice: choice[:2])
+    return rings_of_both, times
