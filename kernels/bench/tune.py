@@ -15,6 +15,7 @@ chosen. The tables are written when all was measured; commit them beside the oth
 from __future__ import annotations
 
 import argparse
+import collections
 import hashlib
 import json
 import os
@@ -43,29 +44,42 @@ SOURCES = (  # of the kernels that are measured
 class Log:
     """Results in a file of JSON lines, kept by the kernels' sources: {"source", "key", "microseconds" or "failed"}.
 
-    A last line that was cut off is ignored and measured again.
+    A last line that was cut off is ignored and measured again. Before a case runs a line says that it has "begun": one
+    that began twice without a result has failed, so that a kernel that hangs does not do so for ever.
     """
 
     def __init__(self, path: Path, source: str):
         self.path, self.source = path, source
         self.results: dict[str, Any] = {}
         text = path.read_text("utf-8") if path.exists() else ""
+        begun: collections.Counter[str] = collections.Counter()
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if entry["source"] == source:
+            if entry["source"] == source and "begun" in entry:
+                begun[entry["key"]] += 1
+            elif entry["source"] == source:
                 self.results[entry["key"]] = entry.get("microseconds", entry.get("failed"))
+        for key in begun.keys() - self.results.keys():
+            if begun[key] > 1:
+                self.results[key] = "the process ended while this ran, twice"
         self._begin = "\n" if text and not text.endswith("\n") else ""
+
+    def begin(self, case: Case) -> None:
+        """Write down that a case is about to run."""
+        self._write(case, "begun", True)
 
     def add(self, case: Case, result: float | str) -> None:
         """Keep a result and write it down."""
         self.results[case.key] = result
+        self._write(case, "microseconds" if isinstance(result, float) else "failed", result)
+
+    def _write(self, case: Case, field: str, value: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        field = "microseconds" if isinstance(result, float) else "failed"
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._begin + json.dumps({"source": self.source, "key": case.key, field: result}) + "\n")
+            file.write(self._begin + json.dumps({"source": self.source, "key": case.key, field: value}) + "\n")
         self._begin = ""
 
 
@@ -90,6 +104,7 @@ def run(
     seconds: float,
     threads: int,
     report: Callable[[Case, float | str], None],
+    answers: Callable[[], bool] = lambda: True,
 ) -> int:
     """Measure what is left until time is up.
 
@@ -100,6 +115,7 @@ def run(
       seconds: start no further batch after so many.
       threads: that compile, and a quarter of a batch.
       report: called after each case.
+      answers: whether the device still works after a case that failed; if not, this was the last one.
 
     Returns:
       How many cases are still without a result.
@@ -113,10 +129,15 @@ def run(
             # must be free to queue work.
             compiling = [pool.submit(_try, _try(lower, case)) for case in batch]
             for case, timed in zip(batch, [future.result() for future in compiling], strict=True):
+                if not isinstance(timed, str):
+                    log.begin(case)
                 result = _try(timed)
                 log.add(case, result)
                 report(case, result)
-                if time.monotonic() > end:
+                # Whatever ran after an error that a device does not recover from would fail as well.
+                lost = isinstance(result, str) and not isinstance(timed, str) and not answers()
+                if lost or time.monotonic() > end:
+                    todo = []
                     break
     return len(left(cases, log))
 
@@ -157,6 +178,17 @@ def timer(options: argparse.Namespace, d: int, f: int, experts: int, top_k: int)
         return compile_it
 
     return lower
+
+
+def answers() -> bool:
+    """Whether the device still computes: after some errors nothing runs any more in this process."""
+    import jax.numpy as jnp
+
+    try:
+        return float(jnp.sum(jnp.ones(8))) == 8
+    except Exception as error:
+        print(f"The device does not answer any more: {error}", file=sys.stderr)
+        return False
 
 
 def candidates(options: argparse.Namespace, cfg: Any, old: Any, old_rings: Any, loads: Sequence[float]) -> list[Case]:
@@ -290,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report, finish = progress(len(cases), len(cases) - todo)
     try:
         compile_one = timer(options, *sizes, cfg.top_k)
-        todo = run(cases, log, compile_one, seconds=options.budget_seconds, threads=options.threads, report=report)
+        how = {"seconds": options.budget_seconds, "threads": options.threads, "report": report}
+        todo = run(cases, log, compile_one, **how, answers=answers)
     finally:
         finish()
     table = tune_tables.make_table(options, sizes, cases, log.results, device, old)

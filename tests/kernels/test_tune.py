@@ -128,6 +128,39 @@ def test_a_run_measures_what_is_left_and_stops_in_time(tmp_path):
     assert seen == list(zip(CASES[1:4], [*failed, 3.0], strict=True))
 
 
+def test_a_case_that_never_ends_is_given_up(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for others in (CASES[:2], CASES[1:2]):
+        log = tune.Log(path, "a")
+        assert tune.left(others, log) == list(others)
+        log.begin(CASES[1])  # and the process is ended
+    assert tune.Log(path, "a").results == {CASES[1].key: "the process ended while this ran, twice"}
+    tune.Log(path, "a").add(CASES[1], 2.0)
+    assert tune.Log(path, "a").results == {CASES[1].key: 2.0}
+
+
+def test_a_run_ends_where_the_device_does(tmp_path):
+    def lower(case):
+        def timed():
+            if case == CASES[1]:
+                raise RuntimeError("an illegal memory access was encountered")
+            return 2.0
+
+        return lambda: timed
+
+    log, working = tune.Log(tmp_path / "log.jsonl", "a"), [True]
+
+    def run():
+        how = {"seconds": 60, "threads": 1, "report": lambda case, result: None, "answers": lambda: working[0]}
+        return tune.run(CASES[:9], log, lower, **how)
+
+    working[0] = False
+    assert run() == 7
+    assert log.results == {CASES[0].key: 2.0, CASES[1].key: "RuntimeError: an illegal memory access was encountered"}
+    assert run() == 0  # in a new process
+    assert tune.answers()
+
+
 def test_the_fastest_is_chosen_and_ties_go_to_the_smaller():
     up = [case for case in CASES if case.product == "up" and case.load == 32]
     results: dict[str, Any] = {case.key: 5.0 for case in up}

@@ -26,6 +26,12 @@ def flags_stay(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # tune.py adds to it
 
 
+def rings_of(load):
+    rings = mosaic.rings(load * 128, 128)
+    assert rings is not None
+    return rings
+
+
 def part_cases(rows):
     return tune_parts.part_cases(rows, TABLE["rows"])
 
@@ -85,7 +91,7 @@ def test_what_is_near_in_the_other_tables():
     assert {(case.product, case.load) for case in near} == {(case.product, case.load) for case in cases}
     made = {(case.product, case.load, tune_rings.ring_of(case)) for case in near if "ring" in case.product}
     for load in (4, 8, 16, 32, 256):
-        up, down = mosaic.rings(load * 128, 128) or ()
+        up, down = rings_of(load)
         assert ("ring_up", load * 128, up) in made
         assert ("ring_down", load * 128, Ring(down.columns, down.parts, down.stages, 2, down.warpgroups)) in made
 
@@ -139,7 +145,7 @@ def test_a_whole_run_on_a_hopper_gpu_writes_what_the_kernels_read(imaginary, tmp
         cache.cache_clear()
     few, many = tables[1]["experts"]
     assert few == {"load": 16.0, "up": None, "down": None} and mosaic.rings(4 * 128, 128) is None
-    assert [tune_rings.entry_of(ring) for ring in mosaic.rings(64 * 128, 128) or ()] == [many["up"], many["down"]]
+    assert [tune_rings.entry_of(ring) for ring in rings_of(64)] == [many["up"], many["down"]]
     w = tune_device.random_stack(0, (1,), 4096, 2048, 128)
     for rows, entry in zip((16, 64), tables[0]["parts"], strict=True):
         assert triton_tiles.part_cut(rows, w) == tune_parts.cut_of(Case("parts", 4096, 2048, rows, tuple(entry["cut"])))
