@@ -124,7 +124,7 @@ class Engine:
         """
         if slots < 1 or page < 1:
             raise ConfigError(f"slots={slots} and page={page} must both be at least 1.")
-        cfg, buckets = model.cfg, buckets_for(model.cfg, buckets)
+        cfg, buckets = model.cfg, buckets_for(model.cfg, buckets, cache_dtype)
         buckets.fit("batch", slots)
         self._model, self._buckets = model, buckets
         self._plans = default_plans(cfg.vocab_size) if plans is None else plans
@@ -296,7 +296,7 @@ class Engine:
         cfg, most, batches = self._model.cfg, self._buckets.widths()[-1], self._buckets.up_to("batch", shape.slots)
         # One sequence reads the widest piece; where no bucket is of one row, the others are padding.
         shapes = [(batches[-1], 1), (batches[0], most), *((rows, most // rows) for rows in batches if rows <= most)]
-        steps = [step_bytes(cfg, rows, width, self._longest, paged=True) for rows, width in shapes]
+        steps = [step_bytes(cfg, rows, width, self._longest, True, shape.dtype) for rows, width in shapes]
         steps += [record.temp_bytes or 0 for record in self._steps.records]
         kept = jax.eval_shape(lambda: init_state(cfg, shape))
         kept_bytes, name = num_bytes((kept.last, kept.sampler)), shape.dtype

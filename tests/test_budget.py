@@ -109,19 +109,25 @@ def test_the_estimate_of_a_step_is_near_what_the_compiler_says(dtype: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "widest"),
-    [({"implementation": "triton"}, 4096), ({"implementation": "triton", "head_dim": 48}, 512), ({}, 512)],
+    ("changes", "dtype", "widest"),
+    [
+        ({"implementation": "triton"}, None, 4096),
+        ({"implementation": "triton"}, "int8", 4096),
+        ({"implementation": "triton"}, "float32", 512),
+        ({"implementation": "triton", "head_dim": 48}, None, 512),
+        ({"implementation": "xla"}, None, 512),
+    ],
 )
 def test_where_xla_attends_its_scores_are_counted_and_prompts_are_read_in_smaller_pieces(
-    changes: dict[str, Any], widest: int, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], dtype: str | None, widest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = dataclasses.replace(QWEN3_30B, **{"implementation": "xla", **changes})
-    scores = 512 * 8192 * cfg.num_heads * 4
-    assert (step_bytes(cfg, 1, 512, 8192) > step_bytes(cfg, 1, 512, 16) + scores) == (widest == 512)
+    cfg = dataclasses.replace(QWEN3_30B, **changes)
+    short, long = (step_bytes(cfg, 1, 512, length, dtype=dtype) for length in (16, 8192))
+    assert (long > short + 512 * 8192 * cfg.num_heads * 4) == (widest == 512)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert buckets_for(cfg, None).widest(1) == widest
+    assert buckets_for(cfg, None, dtype).widest(1) == widest
     given = Buckets(prefill=(16, 2048))
-    assert buckets_for(cfg, given) is given
+    assert buckets_for(cfg, given, dtype) is given
 
 
 def test_an_engine_plans_for_the_piece_that_its_smallest_batch_reads() -> None:

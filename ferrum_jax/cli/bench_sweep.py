@@ -119,7 +119,7 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
 
     start = context - options.new_tokens // 2
     slots = min(-(-(start + options.new_tokens) // SLOTS) * SLOTS, model.cfg.max_position)
-    usual = buckets_for(model.cfg, None)
+    usual = buckets_for(model.cfg, None, options.cache_dtype)
     width = usual.fit("prefill", min(start, usual.widest(batch)))
     buckets = Buckets(batch=(batch,), prefill=(width,), cache=(slots,))
     needed = _check_cache(model, batch, slots, options.cache_dtype)
