@@ -224,21 +224,21 @@ class Engine:
         """
         if unknown := [plan for plan in plans or () if plan not in self._plans]:
             raise ConfigError(f"{unknown[0]} is none of the plans that this engine was made with.")
-        widths, programs, began = self._buckets.widths(), [], time.perf_counter()
+        widths, programs, began = self._buckets.widths(), {}, time.perf_counter()
         batches = self._buckets.up_to("batch", self._shape.slots)
         longest = min(self._longest, self._shape.pages * self._shape.page)
         lengths = self._buckets.up_to("cache", longest)
         for plan, length, batch in itertools.product(self._plans if plans is None else plans, lengths, batches):
             control = self._control([], [], batch, length)
-            programs.append((plan, None, control))
+            programs[plan, 0, control.shape] = plan, None, control
             for least, width in zip((0, *widths), widths, strict=False):
                 if least < length and (batch == batches[0] or batch * width <= widths[-1]):
-                    programs.append((plan, np.zeros((batch, width), np.int32), control))
+                    programs[plan, width, control.shape] = plan, np.zeros((batch, width), np.int32), control
         before = self._compile_seconds()
         row = init_sampler([SamplingParams()], self._model.cfg.vocab_size, [[]], self._shape.plan)
         self._state = self._steps.admit(self._shape.slots, row, self._state)
-        self._steps.compile(programs, self._model.params, self._state)
-        for plan, tokens, control in programs:
+        self._steps.compile(programs.values(), self._model.params, self._state)
+        for plan, tokens, control in programs.values():
             step = self._steps.decode if tokens is None else functools.partial(self._steps.read, tokens=tokens)
             _, self._state = step(plan=plan, params=self._model.params, control=control, state=self._state)
         overlapped = self._compile_seconds() - before - (time.perf_counter() - began)

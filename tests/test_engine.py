@@ -169,6 +169,13 @@ def test_a_ladder_of_batches_that_begins_above_one_is_compiled_whole_too(model: 
     assert len(list(engine.run())) == 2 and len(engine.records) == 3
 
 
+def test_lengths_that_fill_the_same_pages_are_one_program(model: Model) -> None:
+    cfg = dataclasses.replace(model.cfg, pad_token_id=11)  # of its own, as above
+    buckets, plans = Buckets(batch=(1,), prefill=(16,), cache=(32, 64)), (SamplerPlan(),)
+    engine = make(dataclasses.replace(model, cfg=cfg), slots=1, buckets=buckets, plans=plans, pages=2, page=64)
+    assert engine.warm_up() == 2 == len(engine.records) - 1
+
+
 def poison(engine: Engine, id: int) -> None:
     pages = np.array(engine._schedule.pages.owned(id))
     state = engine._state
