@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -9,7 +10,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,8 +34,8 @@ class Buckets:
 
     Attributes:
       batch: rows.
-      prefill: tokens of a prompt read in one step; longer prompts are read in pieces of the largest. None means 16 to
-        512, on a GPU to 4096.
+      prefill: tokens of a prompt read in one step; longer prompts are read in pieces, see `widest`. None means 16 to
+        512, to 4096 where a GPU's kernels attend.
       cache: tokens a row can hold.
       steps: decode steps of one dispatch; None means 1 or 8 on a GPU and 1 elsewhere. With more than one size the next
         dispatch is queued before the last one's tokens are read.
@@ -68,7 +69,7 @@ class Buckets:
         return (1, 8) if jax.default_backend() == "gpu" else (1,)
 
     def widths(self) -> tuple[int, ...]:
-        """The ladder of tokens of a prompt on this device."""
+        """The ladder of tokens of a prompt on this device; `budget.buckets_for` keeps it short where XLA attends."""
         if self.prefill is not None:
             return self.prefill
         return _ladder(16, 4096 if jax.default_backend() == "gpu" else 512, per_octave=2)
@@ -97,6 +98,22 @@ class Buckets:
             if bucket >= size:
                 return bucket
         raise CapacityError(f"{name} size {size} is beyond the largest bucket, {sizes[-1]}; extend Buckets.{name}.")
+
+    def up_to(self, name: str, size: int) -> tuple[int, ...]:
+        """The buckets that hold any size up to `size`.
+
+        Args:
+          name: "batch" or "cache".
+          size: the largest.
+
+        Raises:
+          CapacityError: nothing in the ladder is large enough.
+
+        >>> Buckets().up_to("batch", 5)
+        (1, 2, 4, 8)
+        """
+        last = self.fit(name, size)
+        return tuple(bucket for bucket in getattr(self, name) if bucket <= last)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,15 +220,27 @@ def compile_together(jobs: Iterable[Callable[[], None]], threads: int | None = N
       jobs: of `BucketedStep.trace`, best as a generator that traces when it is asked for the next.
       threads: that compile; None means as many as there are processors, at most 16.
 
+    Raises:
+      Whatever a job raises; then no other begins.
+
     >>> import jax.numpy as jnp
     >>> double = BucketedStep("double", lambda x: x * 2)
     >>> compile_together(double.trace(n, x=jax.ShapeDtypeStruct((n,), jnp.float32)) for n in (1, 2))
     >>> sorted(record.bucket for record in double.records)
     [1, 2]
     """
-    with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
-        for compiled in [pool.submit(job) for job in jobs]:
+    pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1))
+    try:
+        waiting: collections.deque[Future[None]] = collections.deque()
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            while waiting and waiting[0].done():
+                waiting.popleft().result()
+        for compiled in waiting:
             compiled.result()
+    finally:
+        # After an error or an interrupt, what has not begun to compile never does.
+        pool.shutdown(cancel_futures=True)
 
 
 def structure_of(params: Any) -> Hashable:

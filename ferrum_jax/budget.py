@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax.buckets import Buckets
 from ferrum_jax.cache import cache_dtype
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.environment import free_memory
@@ -15,9 +16,10 @@ from ferrum_jax.errors import CapacityError
 from ferrum_jax.layers import uses_cpu_kernels, uses_triton
 from ferrum_jax.params import layout_for, num_bytes
 from ferrum_jax.plan import Plan, make_plan
-from ferrum_kernels.triton_attention import reaches
+from ferrum_kernels.triton_attention import reaches, refuses
 
 GIB = 2**30
+WIDEST_ON_XLA = 512  # tokens of a prompt at once where all of their scores are held
 
 
 def weight_bytes(cfg: ModelConfig, plan: Plan | None = None) -> int:
@@ -74,7 +76,7 @@ def reachable_pages(cfg: ModelConfig, pages: int, page: int, dtype: Any = None) 
     return 2**31 // codes
 
 
-def step_bytes(cfg: ModelConfig, rows: int, width: int, length: int, paged: bool = False) -> int:
+def step_bytes(cfg: ModelConfig, rows: int, width: int, length: int, paged: bool = False, dtype: Any = None) -> int:
     """An estimate of the temporary memory of one step; what a compiled program says of itself is better.
 
     With T = rows * width tokens, d bytes of the activations' dtype and the letters of `ferrum_jax.params`, the sum of
@@ -93,18 +95,45 @@ def step_bytes(cfg: ModelConfig, rows: int, width: int, length: int, paged: bool
       width: tokens of a row that are read in one step.
       length: slots of a row in the cache.
       paged: whether the cache is in pages, which the CPU kernels' attention does not take.
+      dtype: of the cache; None means cfg.dtype.
     """
     d, tokens = jnp.dtype(cfg.dtype).itemsize, rows * width
     heads = cfg.head_dim * tokens * (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * (4 + d)
     inner = max(cfg.top_k * cfg.moe_intermediate_size, cfg.intermediate_size)
     experts = tokens * (3 * inner * 4 + max(cfg.top_k, 1) * cfg.hidden_size * 4)
     total = tokens * cfg.hidden_size * (8 + 2 * d) + heads + experts + rows * cfg.vocab_size * 4 * 6
-    if not uses_triton(cfg) and (paged or not uses_cpu_kernels(cfg)):
+    if _xla_attends(cfg, paged, dtype):
         total += rows * length * 2 * cfg.num_kv_heads * cfg.head_dim * (4 + d)
         total += tokens * length * cfg.num_heads * (8 + d)
     if d == 2 and jax.default_backend() == "cpu":
         total += cfg.vocab_size * cfg.hidden_size * 4
     return total
+
+
+def _xla_attends(cfg: ModelConfig, paged: bool, dtype: Any) -> bool:
+    """Whether XLA attends to such a cache, scores and all."""
+    if uses_triton(cfg):
+        return refuses(cfg.dtype, cfg.head_dim, cache_dtype(cfg, dtype)) is not None
+    return paged or not uses_cpu_kernels(cfg)
+
+
+def buckets_for(cfg: ModelConfig, buckets: Buckets | None, dtype: Any = None) -> Buckets:
+    """The buckets to compile for; where XLA attends, prompts are read in pieces of at most 512 tokens unless given.
+
+    Args:
+      cfg: the model.
+      buckets: as the user gave them; None means `Buckets()`.
+      dtype: of the cache; None means cfg.dtype.
+
+    >>> import ferrum_jax as fj
+    >>> buckets_for(fj.load("demo").cfg, None).widths()[-1]
+    512
+    """
+    buckets = buckets or Buckets()
+    if buckets.prefill is None and buckets.widths()[-1] > WIDEST_ON_XLA and _xla_attends(cfg, False, dtype):
+        narrow = tuple(width for width in buckets.widths() if width <= WIDEST_ON_XLA)
+        return dataclasses.replace(buckets, prefill=narrow)
+    return buckets
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,7 +242,7 @@ def plan_memory(
     (True, True)
     """
     length = cfg.max_position if length is None else length
-    temporary = step_bytes(cfg, rows, width, length) if temporary_bytes is None else temporary_bytes
+    temporary = step_bytes(cfg, rows, width, length, dtype=dtype) if temporary_bytes is None else temporary_bytes
     weights = 0 if loaded else weight_bytes(cfg)
     return MemoryPlan(device_bytes, weights, state_bytes, temporary, token_bytes(cfg, dtype), page)
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ferrum_jax.buckets import Buckets, CompileRecord, structure_of
-from ferrum_jax.budget import MemoryPlan, plan_memory, reachable_pages, step_bytes
+from ferrum_jax.budget import MemoryPlan, buckets_for, plan_memory, reachable_pages, step_bytes
 from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.engine_steps import (
@@ -108,7 +108,7 @@ class Engine:
           pages: pages of the pool; None means as many as fit the device's free memory and its kernels reach, at most a
             whole context for every slot.
           page: tokens of a page.
-          buckets: sizes to compile for. the last of `widths()` is the most prompt tokens that a step reads between two
+          buckets: sizes to compile for. The last of `widths()` is the most prompt tokens that a step reads between two
             tokens of the others.
           cache_dtype: of keys and values, a float or "int8"; None means cfg.dtype, but float32 for bfloat16 on a CPU,
             where XLA copies a whole pool of bfloat16 to write into it.
@@ -124,7 +124,7 @@ class Engine:
         """
         if slots < 1 or page < 1:
             raise ConfigError(f"slots={slots} and page={page} must both be at least 1.")
-        cfg, buckets = model.cfg, buckets or Buckets()
+        cfg, buckets = model.cfg, buckets_for(model.cfg, buckets, cache_dtype)
         buckets.fit("batch", slots)
         self._model, self._buckets = model, buckets
         self._plans = default_plans(cfg.vocab_size) if plans is None else plans
@@ -224,21 +224,21 @@ class Engine:
         """
         if unknown := [plan for plan in plans or () if plan not in self._plans]:
             raise ConfigError(f"{unknown[0]} is none of the plans that this engine was made with.")
-        widths, programs, began = self._buckets.widths(), [], time.perf_counter()
-        batches = [size for size in self._buckets.batch if size <= self._buckets.fit("batch", self._shape.slots)]
+        widths, programs, began = self._buckets.widths(), {}, time.perf_counter()
+        batches = self._buckets.up_to("batch", self._shape.slots)
         longest = min(self._longest, self._shape.pages * self._shape.page)
-        lengths = [size for size in self._buckets.cache if size <= self._buckets.fit("cache", longest)]
+        lengths = self._buckets.up_to("cache", longest)
         for plan, length, batch in itertools.product(self._plans if plans is None else plans, lengths, batches):
             control = self._control([], [], batch, length)
-            programs.append((plan, None, control))
+            programs[plan, 0, control.shape] = plan, None, control
             for least, width in zip((0, *widths), widths, strict=False):
-                if least < length and (batch == 1 or batch * width <= widths[-1]):
-                    programs.append((plan, np.zeros((batch, width), np.int32), control))
+                if least < length and (batch == batches[0] or batch * width <= widths[-1]):
+                    programs[plan, width, control.shape] = plan, np.zeros((batch, width), np.int32), control
         before = self._compile_seconds()
         row = init_sampler([SamplingParams()], self._model.cfg.vocab_size, [[]], self._shape.plan)
         self._state = self._steps.admit(self._shape.slots, row, self._state)
-        self._steps.compile(programs, self._model.params, self._state)
-        for plan, tokens, control in programs:
+        self._steps.compile(programs.values(), self._model.params, self._state)
+        for plan, tokens, control in programs.values():
             step = self._steps.decode if tokens is None else functools.partial(self._steps.read, tokens=tokens)
             _, self._state = step(plan=plan, params=self._model.params, control=control, state=self._state)
         overlapped = self._compile_seconds() - before - (time.perf_counter() - began)
@@ -293,9 +293,10 @@ class Engine:
 
     def _plan_memory(self, free: int, shape: Shape) -> MemoryPlan:
         """What fits into so many bytes, with the largest step that there can be."""
-        cfg, most, slots = self._model.cfg, self._buckets.widths()[-1], shape.slots
-        shapes = [(slots, 1), *((rows, most // rows) for rows in self._buckets.batch if rows <= min(slots, most))]
-        steps = [step_bytes(cfg, rows, width, self._longest, paged=True) for rows, width in shapes]
+        cfg, most, batches = self._model.cfg, self._buckets.widths()[-1], self._buckets.up_to("batch", shape.slots)
+        # One sequence reads the widest piece; where no bucket is of one row, the others are padding.
+        shapes = [(batches[-1], 1), (batches[0], most), *((rows, most // rows) for rows in batches if rows <= most)]
+        steps = [step_bytes(cfg, rows, width, self._longest, True, shape.dtype) for rows, width in shapes]
         steps += [record.temp_bytes or 0 for record in self._steps.records]
         kept = jax.eval_shape(lambda: init_state(cfg, shape))
         kept_bytes, name = num_bytes((kept.last, kept.sampler)), shape.dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -122,16 +122,13 @@ class EngineSteps:
         step, key = self._step(plan, tokens, control)
         return step(key, params=params, tokens=tokens, control=control, state=state)
 
-    def compile(self, programs: Sequence[tuple[SamplerPlan, Any, Any]], params: Any, state: EngineState) -> None:
-        """Compile programs together; each is a plan, the tokens to read or None for `decode`, and control."""
+    def compile(self, programs: Iterable[tuple[SamplerPlan, Any, Any]], params: Any, state: EngineState) -> None:
+        """Compile programs together, each another: a plan, the tokens to read or None for `decode`, and control."""
 
         def traced() -> Iterator[Callable[[], None]]:
-            seen = set()
             for plan, tokens, control in programs:
                 step, key = self._step(plan, tokens, control)
-                if (step, key) not in seen:
-                    seen.add((step, key))
-                    yield step.trace(key, params=params, tokens=tokens, control=control, state=state)
+                yield step.trace(key, params=params, tokens=tokens, control=control, state=state)
 
         compile_together(traced())
 

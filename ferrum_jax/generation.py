@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.buckets import Buckets
-from ferrum_jax.budget import check_cache
+from ferrum_jax.budget import buckets_for, check_cache
 from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.cache import init_cache
 from ferrum_jax.checkpoint.load import Model
@@ -65,7 +65,7 @@ def stream_generate(
     """
     request = request_of(sampling, options)
     # Checked here, not at the first next(): an error belongs to the call that caused it.
-    batch = _Batch.start(model, [prompt], [request], buckets or Buckets(), cache_dtype)
+    batch = _Batch.start(model, [prompt], [request], buckets_for(model.cfg, buckets, cache_dtype), cache_dtype)
     return batch.steps()
 
 
@@ -102,7 +102,7 @@ def stream_batch(
         requests = list(sampling)
     else:
         requests = [request_of(sampling, options)] * len(prompts)
-    return _Batch.start(model, prompts, requests, buckets or Buckets(), cache_dtype).steps()
+    return _Batch.start(model, prompts, requests, buckets_for(model.cfg, buckets, cache_dtype), cache_dtype).steps()
 
 
 def generate(

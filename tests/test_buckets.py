@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -145,6 +146,41 @@ def test_a_program_that_does_not_compile_is_heard_of() -> None:
 
     with pytest.raises(ValueError, match="no such instruction"):
         compile_together([broken])
+
+
+def test_after_a_program_that_does_not_compile_no_more_are_traced() -> None:
+    asked = []
+
+    def broken() -> None:
+        raise ValueError("no such instruction")
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        for number in range(200):
+            asked.append(number)
+            yield broken
+            time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="no such instruction"):
+        compile_together(jobs())
+    assert len(asked) < 200
+
+
+def test_after_an_interrupt_nothing_begins_to_compile() -> None:
+    began, compiled = threading.Event(), []
+
+    def slow() -> None:
+        began.set()
+        time.sleep(0.2)
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        yield slow
+        yield lambda: compiled.append(1)
+        assert began.wait(60)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_together(jobs(), threads=1)
+    assert not compiled
 
 
 def test_garbage_is_collected_again_after_a_trace_that_fails() -> None:

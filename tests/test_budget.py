@@ -13,7 +13,7 @@ import ferrum_jax as fj
 from ferrum_jax import budget
 from ferrum_jax import engine as engine_module
 from ferrum_jax.buckets import Buckets
-from ferrum_jax.budget import plan_memory, reachable_pages, step_bytes, token_bytes, weight_bytes
+from ferrum_jax.budget import buckets_for, plan_memory, reachable_pages, step_bytes, token_bytes, weight_bytes
 from ferrum_jax.cache import DTYPES
 from ferrum_jax.engine import Engine
 from ferrum_jax.errors import CapacityError
@@ -106,6 +106,38 @@ def test_the_estimate_of_a_step_is_near_what_the_compiler_says(dtype: str) -> No
         assert 0.7 < estimate / np.float64(told[name]) < 6  # older compilers take less
     memory = engine.memory
     assert memory is not None and memory.step_bytes >= max(told["decode"], told["read"] or 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "widest"),
+    [
+        ({"implementation": "triton"}, None, 4096),
+        ({"implementation": "triton"}, "int8", 4096),
+        ({"implementation": "triton"}, "float32", 512),
+        ({"implementation": "triton", "head_dim": 48}, None, 512),
+        ({"implementation": "xla"}, None, 512),
+    ],
+)
+def test_where_xla_attends_its_scores_are_counted_and_prompts_are_read_in_smaller_pieces(
+    changes: dict[str, Any], dtype: str | None, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = dataclasses.replace(QWEN3_30B, **changes)
+    short, long = (step_bytes(cfg, 1, 512, length, dtype=dtype) for length in (16, 8192))
+    assert (long > short + 512 * 8192 * cfg.num_heads * 4) == (widest == 512)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert buckets_for(cfg, None, dtype).widest(1) == widest
+    given = Buckets(prefill=(16, 2048))
+    assert buckets_for(cfg, given, dtype) is given
+
+
+def test_an_engine_plans_for_the_piece_that_its_smallest_batch_reads() -> None:
+    model = fj.load("demo", quiet=True)
+    engine = Engine(model, slots=6, pages=64, buckets=Buckets(batch=(4, 8), prefill=(64,), cache=(512,)))
+    memory = engine.memory
+    if memory is None:
+        pytest.skip("the system does not say what is free")
+    read, decode = step_bytes(model.cfg, 4, 64, 512, paged=True), step_bytes(model.cfg, 8, 1, 512, paged=True)
+    assert memory.step_bytes >= max(read, decode)
 
 
 def test_keys_in_int8_of_a_size_that_the_gpu_kernels_do_not_reach_are_fewer():

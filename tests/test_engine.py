@@ -159,6 +159,23 @@ def test_nothing_compiles_outside_the_table_and_a_step_has_the_bucket_of_who_is_
     assert seen[0] == (1, 4 + 8) and seen[-1] == (1, 4 + 16)
 
 
+def test_a_ladder_of_batches_that_begins_above_one_is_compiled_whole_too(model: Model) -> None:
+    cfg = dataclasses.replace(model.cfg, pad_token_id=10)  # of its own, as above
+    buckets = Buckets(batch=(2,), prefill=(16,), cache=(32,))
+    plans = (SamplerPlan(),)
+    engine = make(dataclasses.replace(model, cfg=cfg), slots=2, buckets=buckets, plans=plans, pages=8)
+    assert engine.warm_up() == 2 == len(engine.records) - 1
+    engine.submit("A", max_tokens=2)
+    assert len(list(engine.run())) == 2 and len(engine.records) == 3
+
+
+def test_lengths_that_fill_the_same_pages_are_one_program(model: Model) -> None:
+    cfg = dataclasses.replace(model.cfg, pad_token_id=11)  # of its own, as above
+    buckets, plans = Buckets(batch=(1,), prefill=(16,), cache=(32, 64)), (SamplerPlan(),)
+    engine = make(dataclasses.replace(model, cfg=cfg), slots=1, buckets=buckets, plans=plans, pages=2, page=64)
+    assert engine.warm_up() == 2 == len(engine.records) - 1
+
+
 def poison(engine: Engine, id: int) -> None:
     pages = np.array(engine._schedule.pages.owned(id))
     state = engine._state

@@ -262,3 +262,14 @@ def test_a_cache_in_int8_continues_alike_and_compiles_under_a_key_of_its_own(mod
     assert [key[3:] for key in keys if isinstance(key, tuple)] == [(), ("int8",)]
     with pytest.raises(ConfigError, match=r"a cache of dtype='int4' is unknown; accepted are .*int8 and None"):
         fj.stream_generate(mine, PROMPTS[0], cache_dtype="int4")
+
+
+def test_where_xla_attends_no_step_reads_a_piece_of_more_than_512_tokens(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = dataclasses.replace(model.cfg, pad_token_id=12, implementation="xla")  # of its own, as above
+    mine = dataclasses.replace(model, cfg=cfg)
+    monkeypatch.setattr(Buckets, "widths", lambda self: self.prefill or (16, 1024))
+    assert len(list(fj.stream_generate(mine, list(range(11, 51)), max_tokens=1))) == 1
+    assert [record.bucket for record in steps_for(cfg).records() if record.step == "prefill"] == [(1, 16, 128)]
+    assert fj.Engine(mine, slots=1, pages=8)._buckets.widths() == (16,)

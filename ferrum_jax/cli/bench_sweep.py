@@ -115,10 +115,12 @@ def _fitting(measure: Callable[[], dict[str, Any]], **row: int) -> dict[str, Any
 
 def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Ceilings) -> dict[str, Any]:
     from ferrum_jax.buckets import Buckets
+    from ferrum_jax.budget import buckets_for
 
     start = context - options.new_tokens // 2
     slots = min(-(-(start + options.new_tokens) // SLOTS) * SLOTS, model.cfg.max_position)
-    width = Buckets().fit("prefill", min(start, Buckets().widest(batch)))
+    usual = buckets_for(model.cfg, None, options.cache_dtype)
+    width = usual.fit("prefill", min(start, usual.widest(batch)))
     buckets = Buckets(batch=(batch,), prefill=(width,), cache=(slots,))
     needed = _check_cache(model, batch, slots, options.cache_dtype)
     # Short prompts, but as many steps: how many one dispatch takes may depend on their time.

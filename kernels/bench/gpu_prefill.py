@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_decode import CONFIGS, kernels, numbers, print_kernels, random_tiles
 
-from ferrum_jax.buckets import Buckets
+from ferrum_jax.budget import buckets_for
 from ferrum_jax.cache import KVCache, init_cache
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
@@ -73,7 +73,7 @@ def main() -> None:
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, implementation {args.implementation or 'by default'}"
     )
-    buckets = Buckets()
+    buckets = buckets_for(cfg, None)
     widest = buckets.widest(1)
 
     def program(shape: tuple[int, int]) -> tuple[float, Any]:
