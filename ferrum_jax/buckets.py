@@ -17,6 +17,7 @@ import jax
 
 from ferrum_jax.errors import CapacityError, ConfigError, RetraceError
 
+BETWEEN_TOKENS = 2**10  # of prompts that an engine reads between two tokens of its other sequences, unless told
 MOST_TOKENS = 2**14  # of all rows together that one step reads: its temporary memory grows with them
 
 

@@ -117,23 +117,28 @@ def _xla_attends(cfg: ModelConfig, paged: bool, dtype: Any) -> bool:
     return paged or not uses_cpu_kernels(cfg)
 
 
-def buckets_for(cfg: ModelConfig, buckets: Buckets | None, dtype: Any = None) -> Buckets:
+def buckets_for(cfg: ModelConfig, buckets: Buckets | None, dtype: Any = None, most: int | None = None) -> Buckets:
     """The buckets to compile for; where XLA attends, prompts are read in pieces of at most 512 tokens unless given.
 
     Args:
       cfg: the model.
       buckets: as the user gave them; None means `Buckets()`.
       dtype: of the cache; None means cfg.dtype.
+      most: tokens of a piece, unless given.
 
     >>> import ferrum_jax as fj
-    >>> buckets_for(fj.load("demo").cfg, None).widths()[-1]
-    512
+    >>> [buckets_for(fj.load("demo").cfg, None, most=most).widths()[-1] for most in (None, 100)]
+    [512, 96]
     """
     buckets = buckets or Buckets()
-    if buckets.prefill is None and buckets.widths()[-1] > WIDEST_ON_XLA and _xla_attends(cfg, False, dtype):
-        narrow = tuple(width for width in buckets.widths() if width <= WIDEST_ON_XLA)
-        return dataclasses.replace(buckets, prefill=narrow)
-    return buckets
+    if buckets.prefill is not None:
+        return buckets
+    widths = buckets.widths()
+    limits = [widths[-1] if most is None else most]
+    if widths[-1] > WIDEST_ON_XLA and _xla_attends(cfg, False, dtype):
+        limits.append(WIDEST_ON_XLA)
+    narrow = tuple(width for width in widths if width <= min(limits))
+    return buckets if narrow == widths else dataclasses.replace(buckets, prefill=narrow)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

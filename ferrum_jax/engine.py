@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ferrum_jax.buckets import Buckets, CompileRecord, structure_of
+from ferrum_jax.buckets import BETWEEN_TOKENS, Buckets, CompileRecord, structure_of
 from ferrum_jax.budget import MemoryPlan, buckets_for, plan_memory, reachable_pages, step_bytes
 from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.checkpoint.load import Model
@@ -108,8 +108,8 @@ class Engine:
           pages: pages of the pool; None means as many as fit the device's free memory and its kernels reach, at most a
             whole context for every slot.
           page: tokens of a page.
-          buckets: sizes to compile for. The last of `widths()` is the most prompt tokens that a step reads between two
-            tokens of the others.
+          buckets: sizes to compile for. The last of `widths()`, at most 1024 unless given, is the most prompt tokens
+            that a step reads between two tokens of the others.
           cache_dtype: of keys and values, a float or "int8"; None means cfg.dtype, but float32 for bfloat16 on a CPU,
             where XLA copies a whole pool of bfloat16 to write into it.
           plans: sampler stages to compile, from cheap to complete; a request that needs more is refused. One of them
@@ -124,7 +124,7 @@ class Engine:
         """
         if slots < 1 or page < 1:
             raise ConfigError(f"slots={slots} and page={page} must both be at least 1.")
-        cfg, buckets = model.cfg, buckets_for(model.cfg, buckets, cache_dtype)
+        cfg, buckets = model.cfg, buckets_for(model.cfg, buckets, cache_dtype, BETWEEN_TOKENS)
         buckets.fit("batch", slots)
         self._model, self._buckets = model, buckets
         self._plans = default_plans(cfg.vocab_size) if plans is None else plans

@@ -126,8 +126,9 @@ def test_where_xla_attends_its_scores_are_counted_and_prompts_are_read_in_smalle
     assert (long > short + 512 * 8192 * cfg.num_heads * 4) == (widest == 512)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert buckets_for(cfg, None, dtype).widest(1) == widest
+    assert buckets_for(cfg, None, dtype, most=1024).widths()[-1] == min(widest, 1024)
     given = Buckets(prefill=(16, 2048))
-    assert buckets_for(cfg, given, dtype) is given
+    assert buckets_for(cfg, given, dtype, most=1024) is given
 
 
 def test_an_engine_plans_for_the_piece_that_its_smallest_batch_reads() -> None:
