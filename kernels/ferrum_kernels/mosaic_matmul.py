@@ -70,7 +70,7 @@ def product(
 
     Args:
       x: bfloat16 [X, K]: tokens of `pairs_per_row` pairs each, or rows in blocks of ring.block.
-      w: a stack [E], or [L, E] with `layer`: 4 bits, symmetric, groups of 128 inputs.
+      w: a stack [E], or [L, E] with `layer`: 4 bits, symmetric, groups of 128 inputs, scales of 16 bits.
       layer: int32 scalar or None.
       rows: experts, starts and counts of each block, and order; blocks without rows come last.
       out_rows: rows of the result.

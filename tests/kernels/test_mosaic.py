@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -84,6 +85,7 @@ def test_blocks_grow_with_the_load():
         (stack(2048, 1536), stack(768, 2048, perm=STRUCT((), jnp.int32)), "bfloat16", False),
         (stack(2048, 1536, bits=8), stack(768, 2048), "bfloat16", False),
         (stack(2048, 1408), stack(704, 2048), "bfloat16", False),
+        (stack(2048, 1536), dataclasses.replace(stack(768, 2048), scales=STRUCT((), jnp.float32)), "bfloat16", False),
     ],
 )
 def test_which_weights_are_taken(gate_up, down, dtype, taken):
@@ -144,14 +146,16 @@ def test_a_product_of_many_rows_lowers_for_cuda():
     w = STRUCT((2, 16, 512, 32), jnp.uint16), STRUCT((2, 16, 512), jnp.float16)
     one = TiledLinear(*w, group_size=128, shape=(2048, 512))
 
-    def kernels(rows: int, dtype: str) -> list[str]:
+    def kernels(rows: int, dtype: str, w: TiledLinear = one) -> list[str]:
         x = STRUCT((rows, 2048), jnp.bfloat16)
-        text = lower_for_cuda(lambda x, w: mosaic.gptq_matmul(x, w, 1, jnp.dtype(dtype)), x, one)
+        text = lower_for_cuda(lambda x, w: mosaic.gptq_matmul(x, w, 1, jnp.dtype(dtype)), x, w)
         return re.findall(r"gptq_product_mosaic_gpu", text)
 
     assert kernels(513, "bfloat16")
     assert not kernels(513, "float32")
     assert not kernels(511, "bfloat16")
+    # Of a large tile the shared memory has no room for them.
+    assert not kernels(8192, "bfloat16", dataclasses.replace(one, scales=STRUCT((2, 16, 512), jnp.float32)))
 
 
 def test_a_matrix_is_cut_for_all_multiprocessors():
