@@ -151,6 +151,11 @@ class _Statics:
         return self.pairs_per_row > 0
 
     @property
+    def lag(self) -> int:
+        """The ring's, but no more groups than a tile has, which may be a program's only one."""
+        return min(self.ring.lag, self.groups)
+
+    @property
     def size(self) -> int:
         """Columns of the result of 64 outputs."""
         return RUN if self.gated else 2 * RUN
@@ -247,7 +252,7 @@ def _copy(s: _Statics, refs: _Refs) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    lag, block = s.ring.lag, s.ring.block
+    lag, block = s.lag, s.ring.block
     plgpu.set_max_registers(REGISTERS[s.ring.warpgroups, s.gathers][1], action="decrease")
 
     def arrived(step: Any, under_way: int) -> None:

@@ -30,7 +30,7 @@ needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the 
 FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
 
 
-def lowered(tokens: int, ring: Ring, layers: int = 1) -> str:
+def lowered(tokens: int, ring: Ring, layers: int = 1, width: int = 2048) -> str:
     def run(x, live, weights, counts, gate_up, down):
         for layer in range(layers):
             x = mosaic.run_experts(x, live, weights, counts, gate_up, down, layer, ring, ring)
@@ -38,8 +38,12 @@ def lowered(tokens: int, ring: Ring, layers: int = 1) -> str:
 
     pairs = STRUCT((tokens, 8), jnp.int32)
     counts = STRUCT((triton_route.chunks(tokens), 128), jnp.int32)
-    args = (pairs, STRUCT(pairs.shape, jnp.float32), counts, stack(2048, 1536), stack(768, 2048))
-    return lower_for_cuda(run, STRUCT((tokens, 2048), jnp.bfloat16), *args)
+    args = (pairs, STRUCT(pairs.shape, jnp.float32), counts, stack(width, 1536), stack(768, width))
+    return lower_for_cuda(run, STRUCT((tokens, width), jnp.bfloat16), *args)
+
+
+def kernels_of(text: str) -> set[str]:
+    return set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
 
 
 @needs_jax_0_11
@@ -53,13 +57,16 @@ def test_a_layer_lowers_for_cuda(tokens, ring):
 
 @needs_jax_0_11
 def test_equal_kernels_are_compiled_once_whatever_was_lowered_before():
-    def kernels(layers):
-        return set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered(64, FEW, layers)))
-
-    both = kernels(3)
+    both = kernels_of(lowered(64, FEW, 3))
     assert len(both) == 2
     lowered(16, FEW)
-    assert kernels(2) == both
+    assert kernels_of(lowered(64, FEW, 2)) == both
+
+
+@needs_jax_0_11
+def test_no_more_groups_are_under_way_than_a_tile_has():
+    two, three, four = (kernels_of(lowered(64, dataclasses.replace(FEW, lag=lag), width=256)) for lag in (2, 3, 4))
+    assert two == three == four
 
 
 def test_few_tokens_stay_with_triton():
