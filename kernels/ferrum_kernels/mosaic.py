@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton, triton_route, triton_tiles
+from ferrum_kernels import triton, triton_dialect, triton_route, triton_tiles
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.mosaic_matmul import Ring, multiprocessors, product
@@ -53,18 +53,26 @@ def check(*weights: Any) -> None:
     for w in weights:
         if problem := triton.refuses(w):
             raise BackendError(f"{problem}.")
+    triton_dialect.announce()
 
 
 def takes(x: jax.Array, gate_up: TiledLinear, down: TiledLinear) -> bool:
     """Whether these kernels can multiply by the weights of a layer.
 
-    They hold 4 bits in symmetric groups of 128, in input order; 128 divides both widths of an expert.
+    They hold 4 bits in symmetric groups of 128 with scales of 16 bits, in input order; 128 divides both widths of an
+    expert.
     """
     features = down.k
     sizes = features % 128 == 0 and gate_up.k % 128 == 0 and down.n_per_expert % 256 == 0
-    plain = all(w.bits == 4 and w.group_size == 128 and w.zeros is None and w.perm is None for w in (gate_up, down))
+    plain = _is_plain(gate_up) and _is_plain(down)
     reached = x.size < 2**31  # offsets of gathered rows are 32 bits, in bytes
     return sizes and plain and reached and gate_up.n_per_expert == 2 * features and x.dtype == jnp.bfloat16
+
+
+def _is_plain(w: TiledLinear) -> bool:
+    """Whether a weight holds what the kernels decode; scales of more than 16 bits would not fit the shared memory."""
+    narrow = jnp.dtype(w.scales.dtype).itemsize == 2
+    return w.bits == 4 and w.group_size == 128 and w.zeros is None and w.perm is None and narrow
 
 
 @functools.cache
@@ -187,9 +195,8 @@ def gptq_matmul(x: jax.Array, w: TiledLinear, layer: Any, out_dtype: Any) -> jax
       [M, N].
     """
     rows, outputs = x.shape[0], w.n_per_expert
-    plain = w.bits == 4 and w.group_size == 128 and w.zeros is None and w.perm is None
     sizes = rows >= LEAST_ROWS and w.k % 128 == 0 and outputs % 128 == 0
-    if not (plain and sizes and x.dtype == out_dtype == jnp.bfloat16):
+    if not (_is_plain(w) and sizes and x.dtype == out_dtype == jnp.bfloat16):
         return triton.gptq_matmul(x, w, layer, out_dtype)
     ring = matrix_ring(rows, outputs, multiprocessors())
     starts = jnp.arange(0, rows, ring.block, dtype=jnp.int32)

@@ -70,7 +70,7 @@ def product(
 
     Args:
       x: bfloat16 [X, K]: tokens of `pairs_per_row` pairs each, or rows in blocks of ring.block.
-      w: a stack [E], or [L, E] with `layer`: 4 bits, symmetric, groups of 128 inputs.
+      w: a stack [E], or [L, E] with `layer`: 4 bits, symmetric, groups of 128 inputs, scales of 16 bits.
       layer: int32 scalar or None.
       rows: experts, starts and counts of each block, and order; blocks without rows come last.
       out_rows: rows of the result.
@@ -149,6 +149,11 @@ class _Statics:
     @property
     def gathers(self) -> bool:
         return self.pairs_per_row > 0
+
+    @property
+    def lag(self) -> int:
+        """The ring's, but no more groups than a tile has, which may be a program's only one."""
+        return min(self.ring.lag, self.groups)
 
     @property
     def size(self) -> int:
@@ -247,7 +252,7 @@ def _copy(s: _Statics, refs: _Refs) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    lag, block = s.ring.lag, s.ring.block
+    lag, block = s.lag, s.ring.block
     plgpu.set_max_registers(REGISTERS[s.ring.warpgroups, s.gathers][1], action="decrease")
 
     def arrived(step: Any, under_way: int) -> None:

@@ -218,7 +218,7 @@ def _attention(
     dtype = jnp.dtype(dtype or given["q"].dtype)
     heads, *columns = layout
     layers, pages, page, kv_heads, h = pools[0].shape
-    _check(batch, dtype, heads, pools, start, count, table, scales)
+    _check(batch, dtype, heads, pools, start, count, table, scales, arrived)
     s = Statics(
         heads=heads,
         kv_heads=kv_heads,
@@ -263,6 +263,7 @@ def _check(
     count: jax.Array,
     table: Any,
     scales: Pair | None,
+    arrived: jax.Array | None,
 ) -> None:
     _, pages, page, kv_heads, h = pools[0].shape
     if dtype not in DTYPES or h not in HEADS or heads % kv_heads:
@@ -275,6 +276,11 @@ def _check(
             f"keys are {pools[0].dtype}{list(pools[0].shape)}, values {pools[1].dtype}{list(pools[1].shape)}, starts "
             f"{list(start.shape)} and counts {list(count.shape)} for {batch} rows; keys and values are alike, and "
             f"there is one start and one count per row."
+        )
+    if arrived is not None and (arrived.shape, arrived.dtype) != ((batch * kv_heads,), jnp.int32):
+        raise ShapeError(
+            f"arrived is {arrived.dtype}{list(arrived.shape)}; of {batch} rows and {kv_heads} key heads it is "
+            f"int32[{batch * kv_heads}]: make it with arrivals({batch}, {kv_heads})."
         )
     expected = jnp.dtype(dtype if scales is None else jnp.int8)
     if pools[0].dtype != expected or (scales and any(x.shape != pools[0].shape[:-1] for x in scales)):

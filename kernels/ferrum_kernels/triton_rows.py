@@ -32,7 +32,7 @@ MOST_SEGMENTS = 16  # more would need more registers and shared memory than a pr
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a product of few rows is cut up.
+    """How a product of some rows is cut up.
 
     Attributes:
       n: outputs of a program, a power of two from 16 that divides them.

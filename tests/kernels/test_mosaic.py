@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -29,7 +30,7 @@ needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the 
 FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
 
 
-def lowered(tokens: int, ring: Ring, layers: int = 1) -> str:
+def lowered(tokens: int, ring: Ring, layers: int = 1, width: int = 2048) -> str:
     def run(x, live, weights, counts, gate_up, down):
         for layer in range(layers):
             x = mosaic.run_experts(x, live, weights, counts, gate_up, down, layer, ring, ring)
@@ -37,8 +38,12 @@ def lowered(tokens: int, ring: Ring, layers: int = 1) -> str:
 
     pairs = STRUCT((tokens, 8), jnp.int32)
     counts = STRUCT((triton_route.chunks(tokens), 128), jnp.int32)
-    args = (pairs, STRUCT(pairs.shape, jnp.float32), counts, stack(2048, 1536), stack(768, 2048))
-    return lower_for_cuda(run, STRUCT((tokens, 2048), jnp.bfloat16), *args)
+    args = (pairs, STRUCT(pairs.shape, jnp.float32), counts, stack(width, 1536), stack(768, width))
+    return lower_for_cuda(run, STRUCT((tokens, width), jnp.bfloat16), *args)
+
+
+def kernels_of(text: str) -> set[str]:
+    return set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
 
 
 @needs_jax_0_11
@@ -52,13 +57,16 @@ def test_a_layer_lowers_for_cuda(tokens, ring):
 
 @needs_jax_0_11
 def test_equal_kernels_are_compiled_once_whatever_was_lowered_before():
-    def kernels(layers):
-        return set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', lowered(64, FEW, layers)))
-
-    both = kernels(3)
+    both = kernels_of(lowered(64, FEW, 3))
     assert len(both) == 2
     lowered(16, FEW)
-    assert kernels(2) == both
+    assert kernels_of(lowered(64, FEW, 2)) == both
+
+
+@needs_jax_0_11
+def test_no_more_groups_are_under_way_than_a_tile_has():
+    two, three, four = (kernels_of(lowered(64, dataclasses.replace(FEW, lag=lag), width=256)) for lag in (2, 3, 4))
+    assert two == three == four
 
 
 def test_few_tokens_stay_with_triton():
@@ -84,6 +92,7 @@ def test_blocks_grow_with_the_load():
         (stack(2048, 1536), stack(768, 2048, perm=STRUCT((), jnp.int32)), "bfloat16", False),
         (stack(2048, 1536, bits=8), stack(768, 2048), "bfloat16", False),
         (stack(2048, 1408), stack(704, 2048), "bfloat16", False),
+        (stack(2048, 1536), dataclasses.replace(stack(768, 2048), scales=STRUCT((), jnp.float32)), "bfloat16", False),
     ],
 )
 def test_which_weights_are_taken(gate_up, down, dtype, taken):
@@ -144,14 +153,16 @@ def test_a_product_of_many_rows_lowers_for_cuda():
     w = STRUCT((2, 16, 512, 32), jnp.uint16), STRUCT((2, 16, 512), jnp.float16)
     one = TiledLinear(*w, group_size=128, shape=(2048, 512))
 
-    def kernels(rows: int, dtype: str) -> list[str]:
+    def kernels(rows: int, dtype: str, w: TiledLinear = one) -> list[str]:
         x = STRUCT((rows, 2048), jnp.bfloat16)
-        text = lower_for_cuda(lambda x, w: mosaic.gptq_matmul(x, w, 1, jnp.dtype(dtype)), x, one)
+        text = lower_for_cuda(lambda x, w: mosaic.gptq_matmul(x, w, 1, jnp.dtype(dtype)), x, w)
         return re.findall(r"gptq_product_mosaic_gpu", text)
 
     assert kernels(513, "bfloat16")
     assert not kernels(513, "float32")
     assert not kernels(511, "bfloat16")
+    # Of a large tile the shared memory has no room for them.
+    assert not kernels(8192, "bfloat16", dataclasses.replace(one, scales=STRUCT((2, 16, 512), jnp.float32)))
 
 
 def test_a_matrix_is_cut_for_all_multiprocessors():

@@ -182,6 +182,7 @@ ONE = Case(**RAGGED)
         ({"pools": (jnp.zeros((2, 4, 96, 2, 32), jnp.int8),) * 2}, "or of int8 with two arrays of scales"),
         ({"pools": (jnp.zeros((2, 3, 96, 2, 32), jnp.bfloat16),) * 2}, "the cache has 3 rows and there are 4"),
         ({"start": jnp.zeros(3, jnp.int32)}, "there is one start and one count per row"),
+        ({"arrived": jnp.zeros(4, jnp.int32)}, r"arrived is int32\[4\]; of 4 rows and 2 key heads it is int32"),
         ({"table": jnp.zeros((3, 2), jnp.int32)}, "it has 4 rows, and a page is a power of two from 16"),
         ({"table": jnp.zeros((4, 2), jnp.int32)}, "pages of 96 positions; it has 4 rows, and a page is a power of two"),
     ],

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ferrum_kernels import triton, triton_dialect
+from ferrum_kernels import mosaic, triton, triton_dialect
 from ferrum_kernels.triton_norm import add_norm
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
 
@@ -55,9 +55,10 @@ def test_the_dialect_is_found_at_once_where_it_was_announced(searches):
     assert searches(128) == 0
 
 
-def test_checking_a_kernel_announces_the_dialect(searches, monkeypatch):
-    monkeypatch.setattr(triton, "unavailable", lambda: None)
-    triton.check()
+@pytest.mark.parametrize("backend", [triton, mosaic])
+def test_checking_a_kernel_announces_the_dialect(searches, monkeypatch, backend):
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    backend.check()
     assert triton_dialect.NAME in sys.modules
     assert searches(256) == 0
 
