@@ -125,24 +125,8 @@ def attention(
             f"queries are {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}; with a cache of {kv_heads} "
             f"heads of {h} keys and values are [B, T, {kv_heads * h}] and queries a multiple of {h} wide."
         )
-    given = {"q": q, "k": k, "v": v}
-    return _attention(
-        given,
-        (heads, 0, 0, 0),
-        norms,
-        eps,
-        cosine,
-        sine,
-        pools,
-        layer,
-        start,
-        count,
-        window,
-        table,
-        scales,
-        norm_layer,
-        arrived,
-    )
+    rest = norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer, arrived
+    return _attention({"q": q, "k": k, "v": v}, (heads, 0, 0, 0), *rest)
 
 
 def attention_fused(
@@ -175,25 +159,8 @@ def attention_fused(
             f"[B, T, (H + {2 * kv_heads}) * {h}]: queries, keys, values."
         )
     layout = (heads, 0, heads * h, (heads + kv_heads) * h)
-    given = {"q": qkv}
-    return _attention(
-        given,
-        layout,
-        norms,
-        eps,
-        cosine,
-        sine,
-        pools,
-        layer,
-        start,
-        count,
-        window,
-        table,
-        scales,
-        norm_layer,
-        arrived,
-        dtype,
-    )
+    rest = norms, eps, cosine, sine, pools, layer, start, count, window, table, scales, norm_layer, arrived
+    return _attention({"q": qkv}, layout, *rest, dtype)
 
 
 def _attention(
