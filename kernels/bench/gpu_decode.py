@@ -37,6 +37,7 @@ from ferrum_jax.cache import KVCache, init_cache
 from ferrum_jax.cli.bench_roofline import decode_bytes
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
+from ferrum_jax.errors import ConfigError
 from ferrum_jax.params import abstract
 from ferrum_jax.sampling import SamplerPlan, SamplingParams, init_sampler
 from ferrum_jax.steps import decode_steps, going
@@ -204,21 +205,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIGS / "qwen3-30b-a3b.toml")
     parser.add_argument("--layers", type=int, default=None)
-    parser.add_argument("--batches", default="1,4,16,64,256")
+    parser.add_argument("--batches", type=numbers, default="1,4,16,64,256")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--profile", default="", help="batches whose kernels are listed")
+    parser.add_argument("--profile", type=numbers, default="", help="batches whose kernels are listed")
     parser.add_argument("--rows", type=int, default=30, help="of a list of kernels")
     parser.add_argument("--lm-head-bits", type=int, default=None)
-    parser.add_argument("--dispatch", default="1,8", help="steps of a dispatch")
+    parser.add_argument("--dispatch", type=numbers, default="1,8", help="steps of a dispatch")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--option", action="append", default=[], help="of the compiler, NAME=VALUE")
     parser.add_argument("--json", action="store_true", help="a report on stdout, and the text on stderr")
     args = parser.parse_args()
-    cfg = load_toml_config(args.config)
+    cfg = sizes_of(parser, args.config)
     layers = args.layers or cfg.num_layers
     cfg = dataclasses.replace(cfg, num_layers=layers, moe_layers=(), sliding_windows=(), lm_head_bits=args.lm_head_bits)
     began = time.perf_counter()
@@ -229,7 +230,7 @@ def main() -> None:
     options = dict(option.split("=", 1) for option in args.option)
     requests = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=1)
     plan = SamplerPlan.of([requests])
-    cases = [(batch, count) for batch in numbers(args.batches) for count in numbers(args.dispatch)]
+    cases = [(batch, count) for batch in args.batches for count in args.dispatch]
 
     def inputs(batch: int, cache: Any) -> dict[str, Any]:
         token = jnp.arange(batch, dtype=jnp.int32) * 7 + 11
@@ -262,7 +263,7 @@ def main() -> None:
             file=talk,
             flush=True,
         )
-        if batch in numbers(args.profile) and count == numbers(args.dispatch)[0]:
+        if batch in args.profile and count == args.dispatch[0]:
             print_kernels(kernels(partial(queue.run, 2), 2 * count)[: args.rows], layers, talk)
         del queue, given
     if args.json:
@@ -270,8 +271,23 @@ def main() -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """Numbers between commas."""
-    return [int(one) for one in text.split(",") if one]
+    """Positive numbers between commas; the type of an argument, so that a wrong one ends the program with a sentence.
+
+    >>> numbers("1,16"), numbers("")
+    ([1, 16], [])
+    """
+    found = [one.strip() for one in text.split(",") if one]
+    if not all(one.isascii() and one.isdigit() and int(one) > 0 for one in found):
+        raise argparse.ArgumentTypeError(f"{text!r} are not positive numbers with commas between them, such as 1,16")
+    return [int(one) for one in found]
+
+
+def sizes_of(parser: argparse.ArgumentParser, path: Path) -> ModelConfig:
+    """The configuration of a TOML file; ends the program with a sentence where it cannot be read."""
+    try:
+        return load_toml_config(path)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

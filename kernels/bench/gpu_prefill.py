@@ -20,12 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_decode import CONFIGS, kernels, numbers, print_kernels, random_tiles
+from gpu_decode import CONFIGS, kernels, numbers, print_kernels, random_tiles, sizes_of
 
 from ferrum_jax.budget import buckets_for
 from ferrum_jax.cache import KVCache, init_cache
 from ferrum_jax.config import ModelConfig
-from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.model import prefill
 
 
@@ -58,13 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIGS / "qwen3-30b-a3b.toml")
     parser.add_argument("--layers", type=int, default=None)
-    parser.add_argument("--prompts", default="128,512,1024,2048,4096,8192")
+    parser.add_argument("--prompts", type=numbers, default="128,512,1024,2048,4096,8192")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--implementation", default=None)
-    parser.add_argument("--profile", default="", help="lengths whose kernels are listed")
+    parser.add_argument("--profile", type=numbers, default="", help="lengths whose kernels are listed")
     parser.add_argument("--rows", type=int, default=24, help="of a list of kernels")
     args = parser.parse_args()
-    cfg = load_toml_config(args.config)
+    cfg = sizes_of(parser, args.config)
     layers = args.layers or cfg.num_layers
     cfg = dataclasses.replace(
         cfg, num_layers=layers, moe_layers=(), sliding_windows=(), implementation=args.implementation
@@ -90,7 +89,7 @@ def main() -> None:
         counts = [min(widest, length - start) for start in range(0, length, widest)]
         return [(buckets.fit("prefill", count), count) for count in counts]
 
-    lengths = numbers(args.prompts)
+    lengths = args.prompts
     slots = {length: buckets.fit("cache", length + 1) for length in lengths}
     shapes = list(dict.fromkeys((width, slots[length]) for length in lengths for width, _ in pieces(length)))
     with ThreadPoolExecutor(8) as pool:
@@ -111,7 +110,7 @@ def main() -> None:
             f"tok/s (compiled in {compile_seconds:.1f} s)",
             flush=True,
         )
-        if length in numbers(args.profile):
+        if length in args.profile:
             print_kernels(kernels(run, 1)[: args.rows], layers)
         del run
 

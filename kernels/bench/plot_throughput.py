@@ -123,7 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file, .svg or .png; without it docs/images/throughput_DEVICE.svg")
     parser.add_argument("--name", help="of the model, in the title")
     options = parser.parse_args(arguments)
-    report = json.loads(options.result.read_text("utf-8"))
+    try:
+        report = json.loads(options.result.read_text("utf-8"))
+        report["decode"], report["device"]["kind"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(
+            f"{options.result} is no report of  ferrum-jax bench --json  ({error}); make one, and name its file."
+        )
     if options.name:
         report["model"] = options.name
     out = options.out or FOLDER / f"throughput_{short(report['device']['kind'])}.svg"

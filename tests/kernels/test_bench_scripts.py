@@ -155,3 +155,22 @@ def test_a_report_of_gpu_decode_can_be_drawn(tmp_path: Path, monkeypatch: pytest
     assert row["roofline_tokens_per_second"] == 4 * 3.1e12 / (row["weight_bytes"] + row["live_cache_bytes"])
     made = module.report(cfg, path, [row], 0.0)
     assert "measured, context 16" in words(script("plot_throughput").draw(made))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("gpu_decode", ["--batches", "1,x"], "'1,x' are not positive numbers with commas between them"),
+        ("gpu_prefill", ["--prompts", "0"], "'0' are not positive numbers with commas between them"),
+        ("gpu_prefill", ["--config", "/nowhere.toml"], "/nowhere.toml cannot be read"),
+        ("plot_throughput", ["/nowhere.json"], "/nowhere.json is no report of  ferrum-jax bench --json"),
+        ("plot_throughput", [str(ROOT / "README.md")], "README.md is no report of  ferrum-jax bench --json"),
+    ],
+)
+def test_bad_arguments_are_sentences(
+    name: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        script(name).main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
