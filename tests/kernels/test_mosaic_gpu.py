@@ -30,9 +30,9 @@ DEEP = Ring((8, 24), stages=9)
 
 
 @functools.cache
-def layer():
-    up, dense_up = make_stack(1, E, k=WIDTH, n=2 * FEATURES, bits=4, group_size=128, sym=True)
-    down, dense_down = make_stack(2, E, k=FEATURES, n=WIDTH, bits=4, group_size=128, sym=True)
+def layer(width=WIDTH, features=FEATURES):
+    up, dense_up = make_stack(1, E, k=width, n=2 * features, bits=4, group_size=128, sym=True)
+    down, dense_down = make_stack(2, E, k=features, n=width, bits=4, group_size=128, sym=True)
     return jax.tree.map(lambda a: jnp.stack([jnp.zeros_like(a), a]), (tile(up), tile(down))), dense_up, dense_down
 
 
@@ -48,14 +48,23 @@ def run(x, logits, mask, stacks, ring):
 )
 @pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked"])
 def test_a_layer(tokens, load, ring):
-    stacks, dense_up, dense_down = layer()
+    check_layer(tokens, load, ring, WIDTH, FEATURES)
+
+
+@pytest.mark.parametrize("ring", [Ring(), FEW, DEEP])
+def test_inputs_of_fewer_groups_than_the_ring_holds(ring):
+    check_layer(77, "random", ring, width=256, features=128)
+
+
+def check_layer(tokens, load, ring, width, features):
+    stacks, dense_up, dense_down = layer(width, features)
     rng = np.random.default_rng()
-    x = jnp.asarray(rng.standard_normal((tokens, WIDTH)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
     bias = {"few experts": (np.arange(E) < 6) * 100, "one expert": (np.arange(E) < K) * 100}.get(load, 0)
     logits = jnp.asarray(rng.standard_normal((tokens, E)) + bias)
     mask = jnp.asarray(rng.random(tokens) < (0.5 if load == "masked" else 1))
 
-    for shape in ((tokens * K + E * ring.block, FEATURES), (tokens * K, WIDTH)):
+    for shape in ((tokens * K + E * ring.block, features), (tokens * K, width)):
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.bfloat16)).delete()
     live, weights, y = run(x, logits, mask, stacks, ring)
     some = np.random.default_rng(0).permutation(tokens)[:40]
