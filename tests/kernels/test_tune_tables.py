@@ -66,6 +66,11 @@ def test_blocks_of_rings_are_shared_and_triton_keeps_what_it_wins():
     first, last = tune_rings.ring_rows(cases, results, [4, 16], 128)
     assert Ring(**first["up"] | {"columns": (8,)}) == Ring((8,), 1, 6, 3, 4)
     assert first["down"]["columns"] == [8] and first["microseconds"] == [40.0, 50.0, 3.0]
+    wide = {case.key: 46.4 for case in here if "ring" in case.product and case.cut[-2:] == (8, 32)}
+    [entry] = tune_rings.ring_rows(cases, results | wide, [4], 128)  # 95.8 instead of 93
+    assert entry["up"]["columns"] == [8]
+    [entry] = tune_rings.ring_rows(cases, results | dict.fromkeys(wide, 45.9), [4], 128)  # 94.8: an expert of many rows
+    assert entry["up"]["columns"] == entry["down"]["columns"] == [8, 32]
     assert (first["load"], last) == (8.0, {"load": None, "up": None, "down": None})  # nothing ran at 16
     results |= {triton_cases[0].key: 40.0, triton_cases[1].key: 50.0}
     [entry] = tune_rings.ring_rows(cases, results, [4], 128)
