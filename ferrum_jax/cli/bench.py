@@ -14,8 +14,9 @@ from tyro.conf import Positional, arg
 from ferrum_jax.cli.bench_about import about
 from ferrum_jax.cli.bench_compare import compare, read_report, text_of_comparison
 from ferrum_jax.cli.bench_compile import own_compile_cache
+from ferrum_jax.cli.bench_experts import LATEST
 from ferrum_jax.cli.bench_roofline import ceilings
-from ferrum_jax.cli.bench_sweep import LATEST, Sweep, sweep
+from ferrum_jax.cli.bench_sweep import Sweep, sweep
 from ferrum_jax.cli.bench_sweep import lines as rows_as_lines
 from ferrum_jax.cli.options import NO_DEFAULT, CacheDtype, Loading, UsageError, load_model, start_jax
 from ferrum_jax.cli.output import Status, emit, size, table
@@ -42,7 +43,7 @@ class Bench(Loading):
     first, so that the seconds of these compilations overlap; the warm ones do not. Each line says how near it comes to
     what the device must at least read or compute, where the experts that a step reads are counted, and lines that do
     not fit say so. Rows of random weights soon write the same tokens, which go to the same experts; --temperature 1
-    keeps them apart.
+    keeps them apart. What a line has given is said on stderr as soon as it is over.
 
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -56,6 +57,7 @@ class Bench(Loading):
       temperature: of the sampling in a sweep.
       cache_dtype: of keys and values; without it the activations'.
       repeats: measured runs.
+      compile_once: leave out the second compilation of each line of a sweep, which tells what the compile cache saves.
       compare: an earlier report (--json); prints what has changed, as new over old.
       json: print a JSON object.
     """
@@ -71,6 +73,7 @@ class Bench(Loading):
     temperature: Annotated[float, arg(metavar="T")] = 0.0
     cache_dtype: CacheDtype = None
     repeats: Annotated[int, arg(metavar="N")] = 3
+    compile_once: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
     compare: Annotated[str | None, arg(metavar="FILE", help_behavior_hint=NO_DEFAULT)] = None
     json: Annotated[bool, arg(help_behavior_hint=NO_DEFAULT)] = False
 
@@ -103,11 +106,11 @@ class Bench(Loading):
     def sweep(self, model: Model) -> dict[str, Any]:
         """Many shapes, a row each."""
         sizes = self.batches, self.contexts, self.prompts, self.new_tokens
-        wanted = Sweep(*sizes, self.repeats, self.temperature, self.cache_dtype)
+        wanted = Sweep(*sizes, self.repeats, self.temperature, self.cache_dtype, self.compile_once)
         wanted.check(model)
         with Status("measuring", self.quiet) as status, own_compile_cache():
             ceiling = ceilings()
-            rows = sweep(model, wanted, ceiling, status.update)
+            rows = sweep(model, wanted, ceiling, status)
         return {
             **about(self, model),
             **rows,

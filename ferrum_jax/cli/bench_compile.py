@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,12 +37,15 @@ class Line:
     cache_dtype: str | None
 
 
-def compile_all(model: Model, lines: Sequence[Line]) -> list[dict[str, Any]]:
+def compile_all(
+    model: Model, lines: Sequence[Line], more: Mapping[tuple[BucketedStep, Hashable], dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
     """Compile the programs of all lines, several at a time; one that does not compile is left to its line.
 
     Args:
       model: whose steps they are; what was compiled of them before is forgotten.
       lines: of the sweep.
+      more: other programs, by step and bucket, with the shapes of their arguments.
 
     Returns:
       Of each line the seconds that its programs took, which overlap with those of the others, and the most temporary
@@ -58,6 +61,7 @@ def compile_all(model: Model, lines: Sequence[Line]) -> list[dict[str, Any]]:
         programs = dict(_programs(model, line))
         wanted |= programs
         of_lines.append(set(programs))
+    wanted |= more or {}
     compile_together(_job(step, bucket, arguments) for (step, bucket), arguments in wanted.items())
     found = {(step, record.bucket): record for step, _ in wanted for record in step.records}
     results = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
 import time
@@ -13,18 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ferrum_jax.cli.bench_about import peak_memory
 from ferrum_jax.cli.bench_compile import Line, compile_all
+from ferrum_jax.cli.bench_experts import counting, experts_counted
 from ferrum_jax.cli.bench_roofline import Ceilings, decode_bytes, prefill_flops
-from ferrum_jax.cli.output import size, table
+from ferrum_jax.cli.output import Status, size, table
 from ferrum_jax.errors import BackendError, CapacityError
 
 if TYPE_CHECKING:
     from ferrum_jax.checkpoint.load import Model
-    from ferrum_jax.config import ModelConfig
     from ferrum_jax.generation import Stats
     from ferrum_jax.sampling import SamplingParams
 
-LATEST = 16  # tokens of each row that experts are counted over
-COUNTED = 16  # rows of a pass that counts them, so that lines share its program
 SLOTS = 128  # caches are a multiple of this
 TOGETHER = 0.25  # of the mean gap; tokens that arrive closer to each other come from one dispatch
 
@@ -41,6 +38,7 @@ class Sweep:
       repeats: measured runs of each line.
       temperature: of the sampling; 0.0 is greedy, where rows of random weights soon write the same tokens.
       cache_dtype: of keys and values; None means the activations'.
+      compile_once: leave out the second compilation of each line.
     """
 
     batches: tuple[int, ...]
@@ -50,6 +48,7 @@ class Sweep:
     repeats: int
     temperature: float = 0.0
     cache_dtype: str | None = None
+    compile_once: bool = False
 
     def check(self, model: Model) -> None:
         """Refuse what the model's context does not hold.
@@ -72,14 +71,14 @@ class Sweep:
                 )
 
 
-def sweep(model: Model, options: Sweep, ceiling: Ceilings, say: Callable[[str], None]) -> dict[str, list[Any]]:
+def sweep(model: Model, options: Sweep, ceiling: Ceilings, status: Status) -> dict[str, list[Any]]:
     """Measure every line.
 
     Args:
       model: loaded or synthetic.
       options: what to measure.
       ceiling: of the device.
-      say: told which line is on.
+      status: told which line is on and what a line that is over has given, so that less is lost if the sweep is ended.
 
     Returns:
       {"decode": rows, "prefill": rows}; a row that does not fit the memory has fits=False and the numbers.
@@ -88,18 +87,30 @@ def sweep(model: Model, options: Sweep, ceiling: Ceilings, say: Callable[[str], 
     decode = [_decode_line(model, batch, context, options) for context, batch in wanted]
     prefill = [_prefill_line(model, prompt, options) for prompt in options.prompts]
     fitting = [line for line in decode + prefill if _fits(model, line)]
-    say(f"compiling for {len(fitting)} lines")
-    cold = {id(line): found for line, found in zip(fitting, compile_all(model, fitting), strict=True)}
+    status.update(f"compiling for {len(fitting)} lines")
+    began = time.perf_counter()
+    compiled = compile_all(model, fitting, counting(model, options.new_tokens) if options.contexts else {})
+    cold = {id(line): found for line, found in zip(fitting, compiled, strict=True)}
+    status.note(f"compiled for {len(fitting)} lines in {time.perf_counter() - began:.1f} s")
     rows: dict[str, list[Any]] = {"decode": [], "prefill": []}
     for line, (context, batch) in zip(decode, wanted, strict=True):
-        say(f"decode, {batch} rows of {context} tokens")
+        status.update(f"decode, {batch} rows of {context} tokens")
         measure = partial(_decode, model, line, context, options, ceiling, cold.get(id(line)))
         rows["decode"].append(_fitting(measure, batch=batch, context=context))
+        status.note(_summary(f"decode {batch} x {context}", rows["decode"][-1]))
     for line, prompt in zip(prefill, options.prompts, strict=True):
-        say(f"prefill, {prompt} tokens")
+        status.update(f"prefill, {prompt} tokens")
         measure = partial(_prefill, model, line, options, ceiling, cold.get(id(line)))
         rows["prefill"].append(_fitting(measure, prompt_tokens=prompt))
+        status.note(_summary(f"prefill {prompt}", rows["prefill"][-1]))
     return rows
+
+
+def _summary(name: str, row: dict[str, Any]) -> str:
+    """A row in a few words, its whole time with them."""
+    if not row["fits"]:
+        return f"{name}: does not fit"
+    return f"{name}: {row['tokens_per_second']:.0f} tok/s ({row['seconds']:.1f} s for this line)"
 
 
 def _fits(model: Model, line: Line) -> bool:
@@ -117,8 +128,16 @@ class _TooLarge(Exception):
 def _fitting(measure: Callable[[], dict[str, Any]], **row: int) -> dict[str, Any]:
     import jax
 
+    began = time.perf_counter()
     try:
-        return {**row, "fits": True, **measure(), "peak_memory_bytes": peak_memory()[0]}
+        found = measure()
+        return {
+            **row,
+            "fits": True,
+            **found,
+            "peak_memory_bytes": peak_memory()[0],
+            "seconds": time.perf_counter() - began,
+        }
     except _TooLarge as error:
         return {**row, "fits": False, **error.args[0]}
     except CapacityError as error:  # the steps' own memory beside the cache
@@ -156,7 +175,7 @@ def _decode(
     batch = line.batch
     needed = _check_cache(model, batch, line.slots, line.cache_dtype)
     # Short prompts, but as many steps: how many one dispatch takes may depend on their time.
-    warm = _warm(model, line, _prompts(model, batch, 1))
+    warm = _warm(model, line, _prompts(model, batch, 1), options.compile_once)
     prompts = _prompts(model, batch, line.prompt)
     gaps, rates, first, run = [], [], [], None
     for _ in range(options.repeats):
@@ -197,7 +216,7 @@ def _prefill(
     length = line.prompt
     needed = _check_cache(model, 1, line.slots, line.cache_dtype)
     prompts = _prompts(model, 1, length)
-    warm = _warm(model, line, prompts)
+    warm = _warm(model, line, prompts, options.compile_once)
     runs = [_timed(model, prompts, line) for _ in range(options.repeats)]
     first = [run.stats.first_token_seconds for run in runs]
     seconds = statistics.median(first)
@@ -269,46 +288,6 @@ def _timed(model: Model, prompts: list[list[int]], line: Line) -> _Run:
     return _Run(arrivals, stats, written)
 
 
-def experts_counted(model: Model, written: list[list[int]]) -> float | None:
-    """How many experts of a layer a decode step reads, counted in a forward pass over the latest tokens of every row.
-
-    Args:
-      model: that wrote them.
-      written: tokens of each row, all of one length; the pass sees the last LATEST of them and nothing before.
-
-    Returns:
-      The mean over MoE layers, at the last token; None for a model without experts.
-    """
-    import jax
-    import numpy as np
-
-    if not model.cfg.num_experts:
-        return None
-    tokens = np.asarray([row[-LATEST:] for row in written], np.int32)
-    # Passes of as many rows each, the last one with rows of the first again, so that every line has the same program.
-    rows = np.resize(np.arange(len(tokens)), -(-len(tokens) // COUNTED) * COUNTED).reshape(-1, COUNTED)
-    passes = [jax.device_get(_chosen(model.cfg)(model.params, tokens[some])) for some in rows]
-    of_layers = [set(layer.ravel().tolist()) for layer in passes[0]]
-    for layers in passes[1:]:
-        for seen, layer in zip(of_layers, layers, strict=True):
-            seen.update(layer.ravel().tolist())
-    return statistics.mean(map(len, of_layers))
-
-
-@functools.lru_cache(maxsize=1)
-def _chosen(cfg: ModelConfig) -> Any:
-    """A compiled function of parameters and tokens: the experts of every row's last token, in each MoE layer."""
-    import jax
-
-    from ferrum_jax.model import forward
-
-    def chosen(params: Any, tokens: Any) -> list[Any]:
-        _, aux = forward(params, tokens, cfg, with_aux=True)
-        return [layer for run in aux.routing if run is not None for layer in run.experts[:, :, -1]]
-
-    return jax.jit(chosen)
-
-
 def gaps_of(arrivals: Sequence[float]) -> list[float]:
     """Seconds between tokens; tokens that one dispatch has brought share the wait for it.
 
@@ -336,13 +315,14 @@ def _quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
-def _warm(model: Model, line: Line, prompts: list[list[int]]) -> float:
-    """Seconds to compile what a line needs once more, with what the compile cache has kept."""
+def _warm(model: Model, line: Line, prompts: list[list[int]], compile_once: bool) -> float | None:
+    """Run a line for the first time; seconds to compile it once more with what the compile cache has kept, or None."""
     from ferrum_jax.generation import steps_for
 
-    steps_for.cache_clear()
+    if not compile_once:
+        steps_for.cache_clear()
     _timed(model, prompts, line)
-    return sum(record.seconds for record in steps_for(model.cfg).records())
+    return None if compile_once else sum(record.seconds for record in steps_for(model.cfg).records())
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:

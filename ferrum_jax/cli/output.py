@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 DIM, RED, YELLOW = "2", "31", "33"
+LINE_AWAY = "\r\x1b[2K"  # what takes away the line that the cursor is on
 
 
 def styled(text: str, code: str, stream: TextIO) -> str:
@@ -97,7 +98,7 @@ class Status:
           text: a few words.
           quiet: show nothing.
         """
-        self._text, self._shown_at = text, 0.0
+        self._text, self._shown_at, self._quiet = text, 0.0, quiet
         self._show = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self) -> Status:
@@ -110,14 +111,20 @@ class Status:
             return
         self._shown_at = time.monotonic()
         room = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r\x1b[2K{styled(text[:room], DIM, sys.stderr)}")
+        sys.stderr.write(f"{LINE_AWAY}{styled(text[:room], DIM, sys.stderr)}")
         sys.stderr.flush()
+
+    def note(self, text: str) -> None:
+        """Leave a line on stderr above the words, also where it is no terminal; nothing where the status is quiet."""
+        if not self._quiet:
+            sys.stderr.write(f"{LINE_AWAY if self._show else ''}{text}\n")
+            sys.stderr.flush()
 
     def clear(self) -> None:
         """Take the line away for good; harmless when it is gone."""
         if self._show:
             self._show = False
-            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.write(LINE_AWAY)
             sys.stderr.flush()
 
     def __exit__(

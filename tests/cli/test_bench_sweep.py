@@ -16,7 +16,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.buckets import BucketedStep, Buckets
-from ferrum_jax.cli import bench_compare, bench_compile, bench_roofline, bench_sweep, main
+from ferrum_jax.cli import bench_compare, bench_compile, bench_experts, bench_roofline, bench_sweep, main
 from ferrum_jax.cli.bench_roofline import Ceilings, ceilings, decode_bytes, experts_touched, prefill_flops
 from ferrum_jax.cli.bench_sweep import gaps_of
 from ferrum_jax.errors import CapacityError
@@ -80,7 +80,10 @@ def test_text_for_people_and_a_comparison(
     path, _ = report
     arguments = ["--context", "8", "--new-tokens", "6", "--prefill", "6", "--repeats", "1", "--dtype", "bfloat16"]
     assert main(["bench", "--synthetic", sizes, *arguments, "--compare", path]) == 0
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert re.search(
+        r"compiled for 2 lines in \d+\.\d s\ndecode 1 x 8: \d+ tok/s \(\d+\.\d s for this line\)\nprefill 6: ", said
+    )
     assert re.search(
         r"decode\nbatch +context +tok/s +p50 ms +p99 ms +experts +of roofline +cache +compile s +warm s\n", out
     )
@@ -93,8 +96,12 @@ def test_text_for_people_and_a_comparison(
 
 def test_rows_draw_tokens_of_their_own(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--context", "8", "--batch", "8", "--new-tokens", "6", "--repeats", "1", "--temperature", "100"]
-    assert main(["bench", "--synthetic", sizes, "--layers", "1", *arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    once = ["--compile-once", "--quiet", "--json"]
+    assert main(["bench", "--synthetic", sizes, "--layers", "1", *arguments, *once]) == 0
+    out, said = capsys.readouterr()
+    found = json.loads(out)
+    assert said == "" and found["decode"][0]["compile_seconds_cold"] > 0
+    assert found["decode"][0]["compile_seconds_warm"] is None
     assert 5 < found["decode"][0]["distinct_tokens"] <= 8 and found["temperature"] == 100
 
 
@@ -157,7 +164,9 @@ def test_rows_that_do_not_fit_say_so_and_the_others_are_measured(
         "free_bytes": held,
     }
     assert main(["bench", "--synthetic", sizes, *arguments]) == 0
-    assert "decode 3 x 8: does not fit: its cache takes 72.0 KiB, 48.0 KiB are free" in capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert "decode 3 x 8: does not fit: its cache takes 72.0 KiB, 48.0 KiB are free" in out
+    assert said.endswith("\ndecode 3 x 8: does not fit\n")
 
 
 def test_a_device_that_runs_out_of_memory_is_a_row_and_other_errors_are_errors(
@@ -297,8 +306,8 @@ def test_bytes_of_a_step_are_those_of_the_leaves_it_reads() -> None:
 def test_experts_are_counted_where_rows_send_their_last_token() -> None:
     model = fj.load("demo", quiet=True, weight_cache=False)
     same, different = [[5, 6, 7]] * 8, np.random.default_rng(0).integers(0, 4096, (20, 3)).tolist()
-    assert bench_sweep.experts_counted(model, same) == model.cfg.top_k
-    found = bench_sweep.experts_counted(model, different)
+    assert bench_experts.experts_counted(model, same) == model.cfg.top_k
+    found = bench_experts.experts_counted(model, different)
     _, aux = fj.forward(model.params, jnp.asarray(different, jnp.int32), model.cfg, with_aux=True)
     (routing,) = aux.routing
     assert found == np.mean([len(np.unique(layer[:, -1])) for layer in routing.experts])
