@@ -135,15 +135,18 @@ def count(live: jax.Array, experts: int) -> jax.Array:
 
 
 def place(
-    live: jax.Array, counts: jax.Array, experts: int, block: int, blocks: int, interpret: bool
+    live: jax.Array, counts: jax.Array, experts: int, sizes: tuple[int, ...], blocks: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sort pairs by expert and cut each expert's into blocks.
+
+    Blocks come by size class, the largest first, so that programs that take one after the other end at about the same
+    time; within a class they come by expert.
 
     Args:
       live: int32 [T, K], the expert of each pair; outside [0, E) nobody's.
       counts: of `route`.
       experts: E.
-      block: most rows of a block.
+      sizes: most rows of a block of each class, ascending; all of an expert's blocks but its last have the last's.
       blocks: how many blocks to describe; those that are not needed have expert E and no rows.
       interpret: run without a GPU.
 
@@ -158,7 +161,7 @@ def place(
     parts = chunks(tokens)
     table = jax.ShapeDtypeStruct((blocks,), jnp.int32)
     return pl.pallas_call(
-        functools.partial(_place_kernel, experts, chunk(tokens) * top_k, block, blocks, parts),
+        functools.partial(_place_kernel, experts, chunk(tokens) * top_k, sizes, blocks, parts),
         out_shape=(jax.ShapeDtypeStruct((tokens * top_k,), jnp.int32), table, table, table),
         grid=(parts + -(-blocks // SUB),),  # chunks of pairs, then pieces of the tables of blocks
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -168,7 +171,7 @@ def place(
 
 
 def _place_kernel(
-    experts: int, mine: int, block: int, blocks: int, parts: int, live: Any, counts: Any, *out: Any
+    experts: int, mine: int, sizes: tuple[int, ...], blocks: int, parts: int, live: Any, counts: Any, *out: Any
 ) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
@@ -204,21 +207,28 @@ def _place_kernel(
         plgpu.store(order.at[jnp.where(real, to, pairs)], pair, mask=real)
         return base + jnp.sum(jnp.where(hit, 1, 0), axis=0)
 
-    needed = (total + (block - 1)) // block
-    ends = jnp.cumsum(needed)
-
     def piece_of_blocks() -> None:
-        b = (me - parts) * SUB + jnp.arange(SUB, dtype=jnp.int32)
-        inside = b[:, None] - (ends - needed)[None, :]
-        hit = (inside >= 0) & (b[:, None] < ends[None, :])
-        at = jnp.where(b < blocks, b, blocks)
-        found = jnp.sum(jnp.where(hit, 1, 0), axis=1)
-        expert = jnp.sum(jnp.where(hit, lane[None, :], 0), axis=1)
-        plgpu.store(block_expert.at[at], jnp.where(found > 0, expert, experts), mask=b < blocks)
+        b = ((me - parts) * SUB + jnp.arange(SUB, dtype=jnp.int32))[:, None]
+        block = sizes[-1]
+        full = total // block
+        left = total - full * block
+        hit, inside, ends = False, 0, 0  # which expert's block each is, and which of that expert's
+        for low, high in zip((*sizes[-2::-1], 0), reversed(sizes), strict=True):
+            last = jnp.where((left > low) & (left <= high), 1, 0)
+            of_class = full + last if high == block else last
+            ends = ends + jnp.cumsum(of_class)
+            at = b - (ends - of_class)[None, :]
+            mine = (at >= 0) & (at < of_class[None, :])
+            inside = at if high == block else jnp.where(mine, full[None, :], inside)
+            hit, ends = mine | hit, jnp.max(ends)
+        at, found = jnp.minimum(b[:, 0], blocks), jnp.sum(jnp.where(hit, 1, 0), axis=1)
         start = jnp.sum(jnp.where(hit, first[None, :] + inside * block, 0), axis=1)
-        plgpu.store(block_start.at[at], start, mask=b < blocks)
         rows = jnp.sum(jnp.where(hit, jnp.minimum(total[None, :] - inside * block, block), 0), axis=1)
-        plgpu.store(block_count.at[at], rows, mask=b < blocks)
+        expert = jnp.sum(jnp.where(hit, lane[None, :], 0), axis=1)
+        here = at < blocks
+        plgpu.store(block_expert.at[at], jnp.where(found > 0, expert, experts), mask=here)
+        plgpu.store(block_start.at[at], start, mask=here)
+        plgpu.store(block_count.at[at], rows, mask=here)
 
     def piece_of_pairs() -> None:
         lax.fori_loop(0, -(-mine // size), pairs_of, first + before)

@@ -266,23 +266,34 @@ def test_routing_settles_ties_and_shows_what_is_not_finite():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "block"), [(1, 1, 1, 8), (7, 20, 3, 1), (150, 7, 2, 8), (200, 5, 1, 64)]
+    ("tokens", "experts", "top_k", "sizes"),
+    [
+        (1, 1, 1, (8,)),
+        (7, 20, 3, (1,)),
+        (150, 7, 2, (8,)),
+        (200, 5, 1, (64,)),
+        (150, 40, 2, (2, 4, 8)),
+        (9, 3, 2, (2, 8)),
+    ],
 )
-def test_places_are_a_stable_sort_cut_into_blocks(tokens, experts, top_k, block):
+def test_places_are_a_stable_sort_cut_into_blocks_of_which_the_largest_come_first(tokens, experts, top_k, sizes):
     live = np.random.default_rng(tokens).integers(0, experts + 1, (tokens, top_k)).astype(np.int32)
     counts = triton.count(jnp.asarray(live), experts)
     assert counts.shape[0] == chunks(tokens)
-    blocks = max_blocks(tokens * top_k, experts, block)
-    order, expert, start, size = map(np.asarray, place(jnp.asarray(live), counts, experts, block, blocks, True))
+    blocks = max_blocks(tokens * top_k, experts, sizes[-1])
+    order, *tables = map(np.asarray, place(jnp.asarray(live), counts, experts, sizes, blocks, True))
     flat = live.reshape(-1)
     real = int((flat < experts).sum())
     np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
-    sizes = np.bincount(flat, minlength=experts + 1)[:experts]
-    needed = -(-sizes // block)
-    np.testing.assert_array_equal(expert, np.append(np.repeat(np.arange(experts), needed), [experts] * blocks)[:blocks])
-    covered = np.concatenate([np.arange(s, s + n) for s, n in zip(start, size, strict=True)])
-    np.testing.assert_array_equal(covered, np.arange(real))
-    assert size.max(initial=0) <= block
+    expected, at = [], 0
+    for expert, rows in enumerate(np.bincount(flat, minlength=experts + 1)[:experts]):
+        for start in range(0, rows, sizes[-1]):
+            expected.append((expert, at + start, min(rows - start, sizes[-1])))
+        at += rows
+    classes = [min(size for size in sizes if rows <= size) for _, _, rows in expected]
+    expected = [expected[i] for i in np.argsort(-np.array(classes), kind="stable")]
+    expected += [(experts, 0, 0)] * (blocks - len(expected))
+    np.testing.assert_array_equal(np.stack(tables, 1), np.array(expected).reshape(-1, 3))
 
 
 def test_float32_is_refused():
