@@ -34,7 +34,7 @@ from ferrum_kernels.triton_route import chunks, place
 from ferrum_kernels.triton_rows import cut_for
 from ferrum_kernels.triton_tiles import few_cuts
 from tests.support.gptq_cases import make_linear, make_stack
-from tests.support.triton_cases import expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
+from tests.support.triton_cases import check_places, expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
 
 pytestmark = [
     ignore_deprecation,
@@ -273,16 +273,14 @@ def test_places_are_a_stable_sort_cut_into_blocks(tokens, experts, top_k, block)
     counts = triton.count(jnp.asarray(live), experts)
     assert counts.shape[0] == chunks(tokens)
     blocks = max_blocks(tokens * top_k, experts, block)
-    order, expert, start, size = map(np.asarray, place(jnp.asarray(live), counts, experts, block, blocks, True))
-    flat = live.reshape(-1)
-    real = int((flat < experts).sum())
-    np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
-    sizes = np.bincount(flat, minlength=experts + 1)[:experts]
-    needed = -(-sizes // block)
-    np.testing.assert_array_equal(expert, np.append(np.repeat(np.arange(experts), needed), [experts] * blocks)[:blocks])
-    covered = np.concatenate([np.arange(s, s + n) for s, n in zip(start, size, strict=True)])
-    np.testing.assert_array_equal(covered, np.arange(real))
-    assert size.max(initial=0) <= block
+    check_places(place(jnp.asarray(live), counts, experts, block, blocks, True), live, experts, block)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_routing_adds_up_the_parts_of_logits(tokens):
+    parts = jnp.asarray(normal(0, 3, tokens, 16)).at[:, :, 4].set(2.0).at[:, :, 9].set(2.0)  # two experts alike
+    for one, other in zip(triton.route(parts, None, 4, True), triton.route(parts.sum(0), None, 4, True), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_float32_is_refused():

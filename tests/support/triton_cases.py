@@ -32,6 +32,21 @@ def expert_layer(
     return out
 
 
+def check_places(places: Any, live: np.ndarray, experts: int, block: int) -> None:
+    """Hold what `triton_route.place` gives against a stable sort, cut into blocks."""
+    order, expert, start, size = map(np.asarray, places)
+    flat = live.reshape(-1)
+    real = int((flat < experts).sum())
+    np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
+    sizes = np.bincount(flat, minlength=experts + 1)[:experts]
+    needed = -(-sizes // block)
+    empty = np.full(len(expert) - needed.sum(), experts)
+    np.testing.assert_array_equal(expert, np.append(np.repeat(np.arange(experts), needed), empty))
+    covered = np.concatenate([np.arange(s, s + n) for s, n in zip(start, size, strict=True)])
+    np.testing.assert_array_equal(covered, np.arange(real))
+    assert size.max(initial=0) <= block
+
+
 def relative(actual: Any, expected: np.ndarray) -> float:
     """||actual - expected|| / ||expected||; NaN anywhere gives NaN, which no bound passes."""
     return float(np.linalg.norm(np.asarray(actual, np.float64) - expected) / max(np.linalg.norm(expected), 1e-30))
