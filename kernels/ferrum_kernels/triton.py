@@ -234,7 +234,7 @@ def routed_experts(
 
     Args:
       x: bfloat16 or float16 [T, D], T at least 1.
-      logits: float [T, E].
+      logits: float [T, E], or parts [parts, T, E] to be added up.
       mask: bool [T], False for tokens that go nowhere; None: none.
       top_k: K.
       norm: rescale the K weights to sum to one.

@@ -34,7 +34,7 @@ from ferrum_kernels.triton_route import chunks, place
 from ferrum_kernels.triton_rows import cut_for
 from ferrum_kernels.triton_tiles import few_cuts
 from tests.support.gptq_cases import make_linear, make_stack
-from tests.support.triton_cases import expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
+from tests.support.triton_cases import check_places, expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
 
 pytestmark = [
     ignore_deprecation,
@@ -281,19 +281,14 @@ def test_places_are_a_stable_sort_cut_into_blocks_of_which_the_largest_come_firs
     counts = triton.count(jnp.asarray(live), experts)
     assert counts.shape[0] == chunks(tokens)
     blocks = max_blocks(tokens * top_k, experts, sizes[-1])
-    order, *tables = map(np.asarray, place(jnp.asarray(live), counts, experts, sizes, blocks, True))
-    flat = live.reshape(-1)
-    real = int((flat < experts).sum())
-    np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
-    expected, at = [], 0
-    for expert, rows in enumerate(np.bincount(flat, minlength=experts + 1)[:experts]):
-        for start in range(0, rows, sizes[-1]):
-            expected.append((expert, at + start, min(rows - start, sizes[-1])))
-        at += rows
-    classes = [min(size for size in sizes if rows <= size) for _, _, rows in expected]
-    expected = [expected[i] for i in np.argsort(-np.array(classes), kind="stable")]
-    expected += [(experts, 0, 0)] * (blocks - len(expected))
-    np.testing.assert_array_equal(np.stack(tables, 1), np.array(expected).reshape(-1, 3))
+    check_places(place(jnp.asarray(live), counts, experts, sizes, blocks, True), live, experts, sizes)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_routing_adds_up_the_parts_of_logits(tokens):
+    parts = jnp.asarray(normal(0, 3, tokens, 16)).at[:, :, 4].set(2.0).at[:, :, 9].set(2.0)  # two experts alike
+    for one, other in zip(triton.route(parts, None, 4, True), triton.route(parts.sum(0), None, 4, True), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_float32_is_refused():

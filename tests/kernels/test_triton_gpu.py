@@ -16,12 +16,13 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.sampling_stages import _keep_portably
-from ferrum_kernels import gptq_matmul, tile, triton, triton_cut, triton_norm, triton_parts, triton_rows
+from ferrum_kernels import gptq_matmul, tile, triton, triton_cut, triton_norm, triton_parts, triton_route, triton_rows
+from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
 from tests.support.gptq_cases import make_linear, make_stack
 from tests.support.tiny import tiny_config
-from tests.support.triton_cases import expert_layer, ignore_deprecation, relative
+from tests.support.triton_cases import check_places, expert_layer, ignore_deprecation, relative
 
 pytestmark = [pytest.mark.gpu, ignore_deprecation]
 ONE_ROUNDING, TWO_ROUNDINGS, THREE_ROUNDINGS = 2e-3, 2.9e-3, 3.3e-3
@@ -181,6 +182,26 @@ def test_masked_tokens_are_sent_nowhere(rng, tokens):
     assert (np.asarray(nothing) == 0).all()
 
 
+@pytest.mark.parametrize("tokens", [9, 16, 64, 300, 4096])
+@pytest.mark.parametrize(("experts", "top_k", "sizes"), [(128, 8, (8, 32)), (60, 6, (16,)), (8, 2, (16, 24, 32))])
+def test_routing_and_places(rng, tokens, experts, top_k, sizes):
+    parts = jnp.asarray(rng.standard_normal((3, tokens, experts)), jnp.float32)
+    mask = jnp.asarray(rng.random(tokens) < 0.7)
+    blocks = max_blocks(tokens * top_k, experts, sizes[-1])
+
+    @jax.jit
+    def run(parts, mask):
+        chosen, weights, live, counts = triton.route(parts, mask, top_k, True)
+        return chosen, weights, live, triton_route.place(live, counts, experts, sizes, blocks, False)
+
+    chosen, weights, live, places = run(parts, mask)
+    probs, best = jax.lax.top_k(jax.nn.softmax(parts[0] + parts[1] + parts[2]), top_k)
+    np.testing.assert_array_equal(chosen, best)
+    np.testing.assert_allclose(weights, probs / probs.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_array_equal(live, np.where(np.asarray(mask)[:, None], best, experts))
+    check_places(places, np.asarray(live), experts, sizes)
+
+
 def test_no_tokens():
     stacks, _, _ = layer_of(4, 128, True)
     sizes = {"hidden_size": D, "num_experts": E, "top_k": K, "moe_intermediate_size": F, "num_layers": 1}
@@ -229,6 +250,7 @@ def test_sums_norms_and_router_logits(tokens):
     np.testing.assert_array_equal(total, (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype))
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight[2], np.float64)
     assert relative(norm, exact) < ONE_ROUNDING
+    logits = logits.reshape(-1, tokens, 128).sum(0)
     assert relative(logits, np.asarray(norm, np.float64) @ np.asarray(router[2], np.float64).T) < 1e-5
 
 
