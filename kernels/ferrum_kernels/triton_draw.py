@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ferrum_kernels.triton_cut import TILE, Cuts, Refs, call_kernel, tokens
+from ferrum_kernels.triton_cut import Cuts
+from ferrum_kernels.triton_logits import TILE, Refs, call_kernel, tokens
 
 PART = 512  # tokens whose noise is made together
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
@@ -50,10 +51,8 @@ def _draw_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> No
     vocab, step = r["logits"].shape[1], TILE if interpret else PART
     cut, last, random = r["logit"][row], r["last"][row], r["random"][row] > 0
     # All parts are read before the first is looked at.
-    parts = [
-        tokens(interpret, r, row, tile * TILE + i * step + jnp.arange(step, dtype=jnp.int32), cut)
-        for i in range(TILE // step)
-    ]
+    ids = [tile * TILE + i * step + jnp.arange(step, dtype=jnp.int32) for i in range(TILE // step)]
+    parts = [(some, tokens(interpret, r, row, some, cut)) for some in ids]
     # Pallas does not lower a branch that returns a constant, so these are computed.
     best, token = lax.min(cut, -jnp.inf), lax.clamp(vocab - 1, last, vocab - 1)
     for ids, x in parts:
