@@ -19,8 +19,8 @@ import numpy as np
 
 from ferrum_jax.buckets import Buckets
 from ferrum_jax.budget import buckets_for, check_cache
-from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.cache import KVCache, init_cache
+from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, RequestError
