@@ -44,7 +44,7 @@ class Reader:
 
     def __call__(self) -> None:
         """Read and wait for the first token."""
-        cache, token = dataclasses.replace(self.cache, lengths=jnp.zeros(1, jnp.int32)), None
+        cache, token = dataclasses.replace(self.cache, lengths=np.zeros(1, np.int32)), None
         for (program, _, count), tokens in zip(self.pieces, self.tokens, strict=True):
             given = {"tokens": tokens, "lengths": np.array([count], np.int32)}
             token, cache = program(params=self.params, cache=cache, **given)
