@@ -155,8 +155,8 @@ def init_sampler(
     plan = needed if plan is None else plan
     _check_plan(plan, needed)
 
-    def column(name: str, dtype: type) -> Array:
-        return jnp.asarray(np.array([getattr(request, name) for request in requests], dtype))
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(request, name) for request in requests], dtype)
 
     bias = np.zeros((len(requests), vocab_size), np.float32) if plan.bias else None
     if bias is not None:
@@ -166,20 +166,21 @@ def init_sampler(
     in_prompt = _prompt_mask(requests, prompts, vocab_size) if plan.repetition else None
     seeds = [int.from_bytes(os.urandom(8)) if r.seed is None else r.seed for r in requests]
     counted = plan.repetition or plan.presence_frequency
-    return SamplerState(
-        temperature=column("temperature", np.float32),
-        top_k=jnp.asarray(np.array([min(r.top_k, vocab_size) for r in requests], np.int32)),
-        top_p=column("top_p", np.float32),
-        min_p=column("min_p", np.float32),
-        repetition=column("repetition_penalty", np.float32),
-        presence=column("presence_penalty", np.float32),
-        frequency=column("frequency_penalty", np.float32),
-        keys=jnp.asarray(np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)),
-        step=jnp.zeros(len(requests), jnp.int32),
-        bias=None if bias is None else jnp.asarray(bias),
-        in_prompt=None if in_prompt is None else jnp.asarray(in_prompt),
-        counts=jnp.zeros((len(requests), vocab_size), jnp.int32) if counted else None,
-    )
+    rows = {
+        "temperature": column("temperature", np.float32),
+        "top_k": np.array([min(r.top_k, vocab_size) for r in requests], np.int32),
+        "top_p": column("top_p", np.float32),
+        "min_p": column("min_p", np.float32),
+        "repetition": column("repetition_penalty", np.float32),
+        "presence": column("presence_penalty", np.float32),
+        "frequency": column("frequency_penalty", np.float32),
+        "keys": np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
+        "step": np.zeros(len(requests), np.int32),
+        "bias": bias,
+        "in_prompt": in_prompt,
+    }
+    counts = jnp.zeros((len(requests), vocab_size), jnp.int32) if counted else None
+    return SamplerState(**jax.device_put(rows), counts=counts)  # all rows' values in one transfer
 
 
 def _check_plan(plan: SamplerPlan, needed: SamplerPlan) -> None:

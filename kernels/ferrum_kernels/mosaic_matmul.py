@@ -86,10 +86,10 @@ def product(
     n, programs = w.words.shape[-2], multiprocessors()
     out_columns = n // 2 if gated else n
     statics = _Statics(ring, pairs_per_row, by_pair, gated, w.num_experts, w.num_blocks, out_columns, programs)
-    base = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,)) * w.num_experts
+    index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
     words, scales = w.words.reshape(-1, n // 2, 2 * PLANE), w.scales.reshape(-1, n)
     tables = rows.experts, rows.starts, rows.counts, rows.order
-    return _run(statics, out_rows, x, words, scales, *tables, base)
+    return _run(statics, out_rows, x, words, scales, *tables, index)
 
 
 # A program of many layers traces and lowers the kernel once.
@@ -181,7 +181,7 @@ class _Refs:
     starts: Any
     counts: Any
     order: Any
-    base: Any
+    layer: Any
     out: Any
     x_ring: Any
     words_ring: Any
@@ -263,7 +263,8 @@ def _copy(s: _Statics, refs: _Refs) -> None:
         plgpu.barrier_arrive(refs.full.at[_slot(s, step)])
 
     def run(work: _Work, after: _Work) -> None:
-        where, first_group = None, (work.expert + refs.base[0]) * s.groups
+        # The layer's first expert is found here: outside, that product would be a launch of its own.
+        where, first_group = None, (refs.layer[0] * s.experts + work.expert) * s.groups
         if s.gathers:
             sources = pieces.sources(block, s.pairs_per_row, 2 * refs.x.shape[-1])
             where = sources(refs.order, work.start, work.count)
