@@ -13,8 +13,9 @@ from tyro.conf import Positional, arg
 
 from ferrum_jax.cli.bench_about import about
 from ferrum_jax.cli.bench_compare import compare, read_report, text_of_comparison
+from ferrum_jax.cli.bench_compile import own_compile_cache
 from ferrum_jax.cli.bench_roofline import ceilings
-from ferrum_jax.cli.bench_sweep import LATEST, Sweep, own_compile_cache, sweep
+from ferrum_jax.cli.bench_sweep import LATEST, Sweep, sweep
 from ferrum_jax.cli.bench_sweep import lines as rows_as_lines
 from ferrum_jax.cli.options import NO_DEFAULT, CacheDtype, Loading, UsageError, load_model, start_jax
 from ferrum_jax.cli.output import Status, emit, size, table
@@ -37,9 +38,11 @@ class Bench(Loading):
     compiled is taken from the compile cache.
 
     Lists make a sweep, a line each: --batch 1,16,64 --context 256,8192 --prefill 128,4096. A decode line writes
-    --new-tokens around its context; a prefill line reads one prompt. Each says how near it comes to what the device
-    must at least read or compute, where the experts that a step reads are counted, and lines that do not fit say so.
-    Rows of random weights soon write the same tokens, which go to the same experts; --temperature 1 keeps them apart.
+    --new-tokens around its context; a prefill line reads one prompt. Their programs are compiled beside each other
+    first, so that the seconds of these compilations overlap; the warm ones do not. Each line says how near it comes to
+    what the device must at least read or compute, where the experts that a step reads are counted, and lines that do
+    not fit say so. Rows of random weights soon write the same tokens, which go to the same experts; --temperature 1
+    keeps them apart.
 
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).

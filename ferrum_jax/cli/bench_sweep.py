@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ferrum_jax.cli.bench_about import peak_memory
+from ferrum_jax.cli.bench_compile import Line, compile_all
 from ferrum_jax.cli.bench_roofline import Ceilings, decode_bytes, prefill_flops
 from ferrum_jax.cli.output import size, table
 from ferrum_jax.errors import BackendError, CapacityError
 
 if TYPE_CHECKING:
-    from ferrum_jax.buckets import Buckets, CompileRecord
     from ferrum_jax.checkpoint.load import Model
+    from ferrum_jax.config import ModelConfig
     from ferrum_jax.generation import Stats
     from ferrum_jax.sampling import SamplingParams
 
 LATEST = 16  # tokens of each row that experts are counted over
+COUNTED = 16  # rows of a pass that counts them, so that lines share its program
 SLOTS = 128  # caches are a multiple of this
 TOGETHER = 0.25  # of the mean gap; tokens that arrive closer to each other come from one dispatch
 
@@ -83,15 +84,30 @@ def sweep(model: Model, options: Sweep, ceiling: Ceilings, say: Callable[[str], 
     Returns:
       {"decode": rows, "prefill": rows}; a row that does not fit the memory has fits=False and the numbers.
     """
-    decode, prefill = [], []
-    for context, batch in itertools.product(options.contexts, options.batches):
+    wanted = list(itertools.product(options.contexts, options.batches))
+    decode = [_decode_line(model, batch, context, options) for context, batch in wanted]
+    prefill = [_prefill_line(model, prompt, options) for prompt in options.prompts]
+    fitting = [line for line in decode + prefill if _fits(model, line)]
+    say(f"compiling for {len(fitting)} lines")
+    cold = {id(line): found for line, found in zip(fitting, compile_all(model, fitting), strict=True)}
+    rows: dict[str, list[Any]] = {"decode": [], "prefill": []}
+    for line, (context, batch) in zip(decode, wanted, strict=True):
         say(f"decode, {batch} rows of {context} tokens")
-        measure = partial(_decode, model, batch, context, options, ceiling)
-        decode.append(_fitting(measure, batch=batch, context=context))
-    for prompt in options.prompts:
+        measure = partial(_decode, model, line, context, options, ceiling, cold.get(id(line)))
+        rows["decode"].append(_fitting(measure, batch=batch, context=context))
+    for line, prompt in zip(prefill, options.prompts, strict=True):
         say(f"prefill, {prompt} tokens")
-        prefill.append(_fitting(partial(_prefill, model, prompt, options, ceiling), prompt_tokens=prompt))
-    return {"decode": decode, "prefill": prefill}
+        measure = partial(_prefill, model, line, options, ceiling, cold.get(id(line)))
+        rows["prefill"].append(_fitting(measure, prompt_tokens=prompt))
+    return rows
+
+
+def _fits(model: Model, line: Line) -> bool:
+    try:
+        _check_cache(model, line.batch, line.slots, line.cache_dtype)
+    except _TooLarge:
+        return False
+    return True
 
 
 class _TooLarge(Exception):
@@ -113,7 +129,7 @@ def _fitting(measure: Callable[[], dict[str, Any]], **row: int) -> dict[str, Any
         return {**row, "fits": False, "reason": str(error).splitlines()[0][:200]}
 
 
-def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Ceilings) -> dict[str, Any]:
+def _decode_line(model: Model, batch: int, context: int, options: Sweep) -> Line:
     from ferrum_jax.buckets import Buckets
     from ferrum_jax.budget import buckets_for
 
@@ -122,23 +138,38 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
     usual = buckets_for(model.cfg, None, options.cache_dtype)
     width = usual.fit("prefill", min(start, usual.widest(batch)))
     buckets = Buckets(batch=(batch,), prefill=(width,), cache=(slots,))
-    needed = _check_cache(model, batch, slots, options.cache_dtype)
-    # Short prompts, but as many steps: how many one dispatch takes may depend on their time.
     sampling = _sampling(batch, options.new_tokens, options.temperature)
-    compiles = _compile(model, _prompts(model, batch, 1), sampling, buckets, options.cache_dtype)
-    prompts = _prompts(model, batch, start)
+    return Line(batch, start, slots, buckets, sampling, options.cache_dtype)
+
+
+def _prefill_line(model: Model, length: int, options: Sweep) -> Line:
+    from ferrum_jax.buckets import Buckets
+
+    slots = min(-(-(length + 2) // SLOTS) * SLOTS, model.cfg.max_position)
+    buckets = Buckets(batch=(1,), cache=(slots,))
+    return Line(1, length, slots, buckets, _sampling(1, 2, options.temperature), options.cache_dtype)
+
+
+def _decode(
+    model: Model, line: Line, context: int, options: Sweep, ceiling: Ceilings, cold: dict[str, Any] | None
+) -> dict[str, Any]:
+    batch = line.batch
+    needed = _check_cache(model, batch, line.slots, line.cache_dtype)
+    # Short prompts, but as many steps: how many one dispatch takes may depend on their time.
+    warm = _warm(model, line, _prompts(model, batch, 1))
+    prompts = _prompts(model, batch, line.prompt)
     gaps, rates, first, run = [], [], [], None
     for _ in range(options.repeats):
-        run = _timed(model, prompts, sampling, buckets, options.cache_dtype)
+        run = _timed(model, prompts, line)
         if run.stats.compile_seconds:
-            run = _timed(model, prompts, sampling, buckets, options.cache_dtype)
+            run = _timed(model, prompts, line)
         arrivals, stats = run.arrivals, run.stats
         gaps += gaps_of(arrivals)
         rates.append(batch * (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]))
         first.append(stats.first_token_seconds)
     assert run is not None
     touched = experts_counted(model, run.written)
-    read = decode_bytes(model.cfg, model.params, batch, context, touched, options.cache_dtype)
+    read = decode_bytes(model.cfg, model.params, batch, context, touched, line.cache_dtype)
     least = None if ceiling.bytes_per_second is None else sum(read.values()) / ceiling.bytes_per_second
     rate = statistics.median(rates)
     return {
@@ -155,20 +186,19 @@ def _decode(model: Model, batch: int, context: int, options: Sweep, ceiling: Cei
         "roofline_tokens_per_second": None if least is None else batch / least,
         "roofline_fraction": None if least is None else rate * least / batch,
         "cache_bytes": needed,
-        **compiles,
+        **(cold or {}),
+        "compile_seconds_warm": warm,
     }
 
 
-def _prefill(model: Model, length: int, options: Sweep, ceiling: Ceilings) -> dict[str, Any]:
-    from ferrum_jax.buckets import Buckets
-
-    slots = min(-(-(length + 2) // SLOTS) * SLOTS, model.cfg.max_position)
-    buckets = Buckets(batch=(1,), cache=(slots,))
-    needed = _check_cache(model, 1, slots, options.cache_dtype)
+def _prefill(
+    model: Model, line: Line, options: Sweep, ceiling: Ceilings, cold: dict[str, Any] | None
+) -> dict[str, Any]:
+    length = line.prompt
+    needed = _check_cache(model, 1, line.slots, line.cache_dtype)
     prompts = _prompts(model, 1, length)
-    sampling = _sampling(1, 2, options.temperature)
-    compiles = _compile(model, prompts, sampling, buckets, options.cache_dtype)
-    runs = [_timed(model, prompts, sampling, buckets, options.cache_dtype) for _ in range(options.repeats)]
+    warm = _warm(model, line, prompts)
+    runs = [_timed(model, prompts, line) for _ in range(options.repeats)]
     first = [run.stats.first_token_seconds for run in runs]
     seconds = statistics.median(first)
     peak = ceiling.flops_per_second
@@ -180,7 +210,8 @@ def _prefill(model: Model, length: int, options: Sweep, ceiling: Ceilings) -> di
         "flops": prefill_flops(model.cfg, length),
         "roofline_fraction": None if peak is None else prefill_flops(model.cfg, length) / peak / seconds,
         "cache_bytes": needed,
-        **compiles,
+        **(cold or {}),
+        "compile_seconds_warm": warm,
     }
 
 
@@ -222,18 +253,12 @@ class _Run:
     written: list[list[int]]
 
 
-def _timed(
-    model: Model,
-    prompts: list[list[int]],
-    sampling: list[SamplingParams],
-    buckets: Buckets,
-    cache_dtype: str | None,
-) -> _Run:
+def _timed(model: Model, prompts: list[list[int]], line: Line) -> _Run:
     from ferrum_jax.generation import stream_batch
 
     arrivals, stats = [], None
     written: list[list[int]] = [[] for _ in prompts]
-    for step in stream_batch(model, prompts, sampling, buckets=buckets, cache_dtype=cache_dtype):
+    for step in stream_batch(model, prompts, line.sampling, buckets=line.buckets, cache_dtype=line.cache_dtype):
         if step.finish_reason == "nonfinite_logits":
             raise BackendError("the model gave logits that are NaN or infinite, so its speed means nothing.")
         if step.row == 0:
@@ -255,20 +280,33 @@ def experts_counted(model: Model, written: list[list[int]]) -> float | None:
       The mean over MoE layers, at the last token; None for a model without experts.
     """
     import jax
-    import jax.numpy as jnp
-
-    from ferrum_jax.model import forward
+    import numpy as np
 
     if not model.cfg.num_experts:
         return None
+    tokens = np.asarray([row[-LATEST:] for row in written], np.int32)
+    # Passes of as many rows each, the last one with rows of the first again, so that every line has the same program.
+    rows = np.resize(np.arange(len(tokens)), -(-len(tokens) // COUNTED) * COUNTED).reshape(-1, COUNTED)
+    passes = [jax.device_get(_chosen(model.cfg)(model.params, tokens[some])) for some in rows]
+    of_layers = [set(layer.ravel().tolist()) for layer in passes[0]]
+    for layers in passes[1:]:
+        for seen, layer in zip(of_layers, layers, strict=True):
+            seen.update(layer.ravel().tolist())
+    return statistics.mean(map(len, of_layers))
+
+
+@functools.lru_cache(maxsize=1)
+def _chosen(cfg: ModelConfig) -> Any:
+    """A compiled function of parameters and tokens: the experts of every row's last token, in each MoE layer."""
+    import jax
+
+    from ferrum_jax.model import forward
 
     def chosen(params: Any, tokens: Any) -> list[Any]:
-        _, aux = forward(params, tokens, model.cfg, with_aux=True)
-        return [routing.experts[:, :, -1] for routing in aux.routing if routing is not None]
+        _, aux = forward(params, tokens, cfg, with_aux=True)
+        return [layer for run in aux.routing if run is not None for layer in run.experts[:, :, -1]]
 
-    tokens = jnp.asarray([row[-LATEST:] for row in written], jnp.int32)
-    layers = [layer for run in jax.device_get(jax.jit(chosen)(model.params, tokens)) for layer in run]
-    return statistics.mean(len(set(layer.ravel().tolist())) for layer in layers)
+    return jax.jit(chosen)
 
 
 def gaps_of(arrivals: Sequence[float]) -> list[float]:
@@ -298,48 +336,13 @@ def _quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
-def _compile(
-    model: Model,
-    prompts: list[list[int]],
-    sampling: list[SamplingParams],
-    buckets: Buckets,
-    cache_dtype: str | None,
-) -> dict[str, Any]:
-    """Compile what a line needs, then once more with what the compile cache has kept."""
+def _warm(model: Model, line: Line, prompts: list[list[int]]) -> float:
+    """Seconds to compile what a line needs once more, with what the compile cache has kept."""
     from ferrum_jax.generation import steps_for
 
-    records: list[list[CompileRecord]] = []
-    for _ in range(2):
-        steps_for.cache_clear()
-        _timed(model, prompts, sampling, buckets, cache_dtype)
-        records.append(steps_for(model.cfg).records())
-    cold, warm = records
-    return {
-        "compile_seconds_cold": sum(record.seconds for record in cold),
-        "compile_seconds_warm": sum(record.seconds for record in warm),
-        "temporary_bytes": max((record.temp_bytes or 0 for record in cold), default=0),
-    }
-
-
-@contextmanager
-def own_compile_cache() -> Iterator[None]:
-    """A compile cache that begins empty, so that the first compilation is cold and the second is not."""
-    import jax
-    from jax.experimental.compilation_cache.compilation_cache import reset_cache
-
-    config: Any = jax.config  # its options are made at run time
-    wanted = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_enable_compilation_cache": True}
-    before = {name: config.values[name] for name in (*wanted, "jax_compilation_cache_dir")}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, value in {**wanted, "jax_compilation_cache_dir": folder}.items():
-            config.update(name, value)
-        reset_cache()  # JAX remembers the folder it uses
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                config.update(name, value)
-            reset_cache()
+    steps_for.cache_clear()
+    _timed(model, prompts, line)
+    return sum(record.seconds for record in steps_for(model.cfg).records())
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
@@ -357,7 +360,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         return f"does not fit: its cache takes {size(row['cache_bytes'])}, {size(row['free_bytes'])} are free"
 
     def compiling(row: dict[str, Any]) -> tuple[str, str]:
-        return f"{row['compile_seconds_cold']:.1f}", f"{row['compile_seconds_warm']:.1f}"
+        return number(row.get("compile_seconds_cold")), number(row["compile_seconds_warm"])
 
     for name, rows, keys in (
         ("decode", report["decode"], ("batch", "context")),

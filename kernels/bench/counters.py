@@ -43,7 +43,7 @@ UNITS = {
 }
 
 
-def command(ncu: str, tokens: int, config: Path) -> list[str]:
+def command(ncu: str, tokens: int, config: Path, routing: str, implementation: str | None) -> list[str]:
     """ncu with this script as the program that it watches."""
     metrics = ",".join([*METRICS.values(), f"regex:{STALLS}.*_per_issue_active.ratio"])
     watch = [
@@ -58,7 +58,9 @@ def command(ncu: str, tokens: int, config: Path) -> list[str]:
         "--profile-from-start",
         "off",
     ]
-    return [*watch, sys.executable, __file__, "--child", "--tokens", str(tokens), "--config", str(config)]
+    child = [sys.executable, __file__, "--child", "--tokens", str(tokens), "--config", str(config)]
+    named = ["--implementation", implementation] if implementation else []
+    return [*watch, *child, "--routing", routing, *named]
 
 
 def parse(text: str) -> list[dict[str, Any]]:
@@ -132,26 +134,25 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['kernel'][:16]:16}{''.join(cells)}  {stalls}"
 
 
-def one_layer(tokens: int, config: Path) -> None:
+def one_layer(tokens: int, config: Path, routing: str, implementation: str | None) -> None:
     """The program that ncu watches: a layer is run twice, the second time between the marks that start and end it."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from gpu_table import random_stack, route_logits
+    from gpu_table import backend, random_stack, route_logits
 
     from ferrum_jax.config_file import load_toml_config
-    from ferrum_kernels import triton
 
     cfg = load_toml_config(config)
     d, f, e = cfg.hidden_size, cfg.moe_intermediate_size or cfg.intermediate_size, cfg.num_experts
     stacks = random_stack(1, (1, e), d, 2 * f, 128), random_stack(2, (1, e), f, d, 128)
     rng = np.random.default_rng(tokens)
-    logits = jnp.asarray(route_logits(rng, tokens, e, "uniform"))
+    logits = jnp.asarray(route_logits(rng, tokens, e, routing))
     x = jnp.asarray(rng.standard_normal((tokens, d)), jnp.bfloat16)
 
     @jax.jit
     def run(x: jax.Array, logits: jax.Array, stacks: Any) -> jax.Array:
-        return triton.routed_experts(x, logits, None, cfg.top_k, True, *stacks, 0)[0]
+        return backend(implementation).routed_experts(x, logits, None, cfg.top_k, True, *stacks, 0)[0]
 
     jax.block_until_ready(run(x, logits, stacks))
     driver = ctypes.CDLL("libcuda.so.1")
@@ -165,13 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "qwen3-30b-a3b.toml")
     parser.add_argument("--tokens", default="1,8,64,1024,4096", help="numbers of tokens, separated by commas")
+    parser.add_argument("--routing", default="uniform", choices=("uniform", "zipf", "one"))
+    parser.add_argument("--implementation", default=None, help="triton or mosaic; without it the device's best")
     parser.add_argument("--ncu", default="ncu", help="the program")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     counts = [int(count) for count in options.tokens.split(",")]
     if options.child:
-        one_layer(counts[0], options.config)
+        one_layer(counts[0], options.config, options.routing, options.implementation)
         return 0
     if shutil.which(options.ncu) is None:
         print(f"error: {options.ncu} is not on the path; it comes with CUDA as Nsight Compute.", file=sys.stderr)
@@ -183,9 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     found = []
     for count in counts:
-        ended = subprocess.run(
-            command(options.ncu, count, options.config), env=environment, capture_output=True, text=True
-        )
+        watched = command(options.ncu, count, options.config, options.routing, options.implementation)
+        ended = subprocess.run(watched, env=environment, capture_output=True, text=True)
         try:
             rows = parse(ended.stdout)
         except ValueError as error:

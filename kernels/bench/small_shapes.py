@@ -1,4 +1,4 @@
-"""Every Triton kernel once on small shapes, for NVIDIA's compute-sanitizer:
+"""Every GPU kernel once on small shapes, for NVIDIA's compute-sanitizer:
 
     export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_command_buffer=
     compute-sanitizer --tool memcheck python kernels/bench/small_shapes.py
@@ -6,14 +6,16 @@
 
 The platform's allocator gives each array memory of its own, so that a read or write past its end is one past the end of
 an allocation. Results are compared with numpy; the exit code is 1 where one is wrong. Weights are made and read on the
-CPU, so that the GPU runs little else than the kernels under test.
+CPU, so that the GPU runs little else than the kernels under test. The sanitizer is slow and uses one core: processes
+that each take a share of the cases, --share 0/4 to 3/4, may run at the same time.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,15 +28,19 @@ from ferrum_kernels import (
     dequantize,
     gptq_matmul,
     grouped_gptq_matmul,
+    mosaic,
     tile,
     triton,
     triton_attention,
     triton_norm,
+    triton_rows,
 )
 from ferrum_kernels.bits import words_for
 from ferrum_kernels.blocks import dispatch, from_blocks, to_blocks
+from ferrum_kernels.mosaic_matmul import Ring
 
 EXPERTS, TOP_K, D, F = 6, 2, 160, 96
+WIDTH, FEATURES = 256, 128  # the least that the Mosaic GPU kernels take: fewer groups of inputs than a ring has
 LARGEST_ERROR = 6e-3  # of a layer in bfloat16 with few numbers to average over
 DIALECTS = [  # bits, group size, symmetric, act-order
     (4, 32, True, False),
@@ -42,6 +48,18 @@ DIALECTS = [  # bits, group size, symmetric, act-order
     (8, 32, False, False),
     (8, 64, True, True),
     (4, 32, False, True),
+]
+PLAIN = (4, 128, True, False)  # what the Mosaic GPU kernels take
+# Four warpgroups and two, rows of one width and of several, one tile and two for a warpgroup.
+RINGS = [
+    Ring((8,), parts=1, stages=6, lag=3, warpgroups=4),
+    Ring((16, 24), parts=1, stages=8, lag=4, warpgroups=4),
+    Ring((16, 32), stages=6),
+]
+CUTS = [  # of products in parts: of one block and of two, and with segments in the program
+    triton_rows.Cut(64, 1, 4, 3, rows=16, parts=2, merge=True),
+    triton_rows.Cut(32, 1, 4, 3, rows=32, parts=3),
+    triton_rows.Cut(16, 2, 4, 3, rows=16, parts=2),
 ]
 # int8 or not, positions of a page (0: no pages), positions of a row: with many, several programs share a row.
 CACHES = [(False, 0, 96), (False, 16, 96), (True, 16, 96), (False, 16, 1088), (True, 0, 1088)]
@@ -110,12 +128,58 @@ def layer(rng: np.random.Generator, dialect: tuple, tokens: int) -> float:
     ids, weights, apart, together = run(
         x, logits, jax.device_put(mask), up.tiled, down.tiled, jax.device_put(np.int32(1))
     )
-    ids = np.asarray(ids)
-    gate_up = np.einsum("tk,tekn->ten", np.asarray(x, np.float32), up.dense[1][ids])
-    gate, value = gate_up[..., :F], gate_up[..., F:]
-    h = gate / (1 + np.exp(-gate)) * value
-    expected = np.einsum("tef,tefd,te->td", h, down.dense[1][ids], np.asarray(weights) * mask[:, None])
+    expected = layer_in_numpy(x, ids, np.asarray(weights) * mask[:, None], up.dense[1], down.dense[1])
     return max(error(apart, expected), error(together, expected))
+
+
+def layer_in_numpy(x: jax.Array, ids: jax.Array, weights: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """float32 [T, D]: every pair on its own."""
+    ids = np.asarray(ids)
+    gate_up = np.einsum("tk,tekn->ten", np.asarray(x, np.float32), up[ids])
+    gate, value = np.split(gate_up, 2, axis=-1)
+    return np.einsum("tef,tefd,te->td", gate / (1 + np.exp(-gate)) * value, down[ids], weights)
+
+
+def ring(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
+    """A layer by the Mosaic GPU kernels, with a mask and a layer number; odd tokens: as if all went to two experts."""
+    up, down = weight(rng, (2, EXPERTS), WIDTH, 2 * FEATURES, PLAIN), weight(rng, (2, EXPERTS), FEATURES, WIDTH, PLAIN)
+    x, mask = on_the_gpu(rng.standard_normal((tokens, WIDTH))), rng.random(tokens) < 0.8
+    logits = rng.standard_normal((tokens, EXPERTS)) + (tokens % 2) * 100 * (np.arange(EXPERTS) < TOP_K)
+
+    @jax.jit
+    def run(x: jax.Array, logits: jax.Array, mask: jax.Array, up: Any, down: Any, layer: jax.Array) -> Any:
+        ids, weights, live, counts = triton.route(logits, mask, TOP_K, True)
+        return ids, weights, mosaic.run_experts(x, live, weights, counts, up, down, layer, *kind, *kind)
+
+    given = x, jax.device_put(logits.astype(np.float32)), jax.device_put(mask), up.tiled, down.tiled
+    ids, weights, y = run(*given, jax.device_put(np.int32(1)))
+    return error(y, layer_in_numpy(x, ids, np.asarray(weights) * mask[:, None], up.dense[1], down.dense[1]))
+
+
+def matrix(rng: np.random.Generator, kind: tuple, rows: int) -> float:
+    """A product of many rows with one matrix by the Mosaic GPU kernels; the second of two layers."""
+    del kind
+    w = weight(rng, (2,), WIDTH, 2 * FEATURES, PLAIN)
+    x = on_the_gpu(rng.standard_normal((rows, WIDTH)))
+    y = jax.jit(lambda x, w, layer: mosaic.gptq_matmul(x, w, layer, jnp.bfloat16))(x, w.tiled, np.int32(1))
+    return error(y, np.asarray(x, np.float32) @ w.dense[1])
+
+
+def parts(rng: np.random.Generator, kind: tuple, rows: int) -> float:
+    """A product left in parts, and the sum with its norm that adds them up."""
+    w = weight(rng, (2,), 4 * 128, 192, PLAIN)
+    x, stream = (on_the_gpu(rng.standard_normal((rows, size))) for size in w.dense.shape[1:])
+
+    @jax.jit
+    def run(x: jax.Array, stream: jax.Array, w: Any, layer: jax.Array) -> Any:
+        y = triton_rows.product(x, w, layer, *kind, jnp.float32, triton.is_interpreted())
+        weight = jnp.ones((2, stream.shape[1]), stream.dtype)
+        return triton_norm.add_norm(stream, y, weight, layer, 1e-6, triton.is_interpreted())
+
+    total, norm = run(x, stream, w.tiled, jax.device_put(np.int32(1)))
+    total32 = np.asarray(total, np.float32)
+    expected = np.asarray(stream, np.float32) + np.asarray(x, np.float32) @ w.dense[1]
+    return max(error(total, expected), error(norm, total32 / np.sqrt((total32**2).mean(-1, keepdims=True) + 1e-6)))
 
 
 def sums(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
@@ -182,6 +246,14 @@ def attention(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
     table = jax.device_put(order.astype(np.int32)) if page else None
     given = (tuple(pools), 1, *numbers, 2**31 - 1, table, tuple(scales) if codes else None)
     y, *_ = triton_attention.attention(q, k, v, None, 1e-6, cosine, sine, *given)
+    found = [y]
+    if tokens == 1:  # its product may be in parts
+        half = np.concatenate([np.asarray(part, np.float32) for part in (q, k, v)], -1) / 2
+        halves = jax.device_put(np.stack([half, half]))
+        fused = triton_attention.attention_fused(
+            halves, None, 1e-6, cosine, sine, *given, dtype=jnp.dtype(jnp.bfloat16)
+        )
+        found.append(fused[0])
 
     def turned(x: jax.Array, n: int) -> np.ndarray:
         first, second = np.split(np.asarray(x, np.float32).reshape(batch, tokens, n, h), 2, -1)
@@ -199,7 +271,7 @@ def attention(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
         scores = np.einsum("hd,shd->hs", queries[row, t], keys) / h**0.5
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected[row, t] = np.einsum("hs,shd->hd", weights / weights.sum(-1, keepdims=True), values)
-    return error(y, expected.reshape(batch, tokens, -1))
+    return max(error(y, expected.reshape(batch, tokens, -1)) for y in found)
 
 
 def on_the_gpu(x: np.ndarray) -> jax.Array:
@@ -231,17 +303,41 @@ def cases() -> Iterator[tuple[Callable[[np.random.Generator, tuple, int], float]
     for kind in CACHES:
         yield attention, kind, 1
         yield attention, kind, 5
+    for cut in CUTS:
+        yield parts, (cut,), 21
+    if mosaic.unavailable():
+        print(f"The Mosaic GPU kernels are left out: {mosaic.unavailable()}.", file=sys.stderr)
+        return
+    for how in RINGS:
+        yield ring, (how,), 12
+        yield ring, (how,), 77
+    yield matrix, (), mosaic.LEAST_ROWS + 9
 
 
-def main() -> int:
-    """Run all of them."""
+def share_of(text: str) -> slice:
+    """Of the cases, which are dealt out in turn.
+
+    >>> share_of("1/4")
+    slice(1, None, 4)
+    """
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is no share; give I/N with I from 0 to N - 1, such as 0/4")
+    return slice(int(number), None, int(of))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all of them, or a share."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=share_of, default="0/1", help="I/N: the I-th of N, from 0")
+    options = parser.parse_args(arguments)
     if problem := triton.unavailable():
         print(f"error: these are the kernels of an NVIDIA GPU: {problem}.", file=sys.stderr)
         return 3
     seed = np.random.SeedSequence().entropy
     rng = np.random.default_rng(seed)
     wrong = 0
-    for run, kind, rows in cases():
+    for run, kind, rows in list(cases())[options.share]:
         found = run(rng, kind, rows)
         good = found <= LARGEST_ERROR
         wrong += not good

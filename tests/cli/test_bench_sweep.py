@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.cli import bench_compare, bench_roofline, bench_sweep, main
+from ferrum_jax.buckets import BucketedStep, Buckets
+from ferrum_jax.cli import bench_compare, bench_compile, bench_roofline, bench_sweep, main
 from ferrum_jax.cli.bench_roofline import Ceilings, ceilings, decode_bytes, experts_touched, prefill_flops
 from ferrum_jax.cli.bench_sweep import gaps_of
+from ferrum_jax.errors import CapacityError
+from ferrum_jax.generation import steps_for
 from ferrum_jax.params import num_bytes
 from tests.cli.test_bench import TOML
 
@@ -225,9 +228,50 @@ def test_files_that_are_no_reports(tmp_path: Any, sizes: str, capsys: Any, text:
     assert message in capsys.readouterr().err
 
 
+def test_what_is_compiled_beforehand_is_what_a_line_asks_for() -> None:
+    model = fj.load("demo", quiet=True, weight_cache=False)
+    sampling = [fj.SamplingParams(max_tokens=7, ignore_eos=True, temperature=1.0, seed=row) for row in range(2)]
+    lines = [
+        bench_compile.Line(
+            2, 20, 128, Buckets(batch=(2,), prefill=(16,), cache=(128,), steps=(1, 4)), sampling, "int8"
+        ),
+        bench_compile.Line(1, 40, 128, Buckets(batch=(1,), prefill=(16, 24), cache=(128,)), sampling[:1], None),
+    ]
+    found = bench_compile.compile_all(model, lines)
+    before = {(record.step, record.bucket) for record in steps_for(model.cfg).records()}
+    assert {name for name, _ in before} == {"prefill", "sample", "decode", "decode 4"}
+    assert all(row["compile_seconds_cold"] > 0 and row["temporary_bytes"] > 0 for row in found)
+    for line in lines:
+        run = bench_sweep._timed(model, [[5] * line.prompt] * line.batch, line)
+        assert run.stats.compile_seconds == 0 and len(run.written[0]) == 7
+    records = steps_for(model.cfg).records()
+    assert {(record.step, record.bucket) for record in records} == before and len(records) == len(before)
+
+
+def test_a_program_that_does_not_compile_is_left_to_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fj.load("demo", quiet=True, weight_cache=False)
+    line = bench_compile.Line(1, 3, 128, Buckets(batch=(1,), cache=(128,)), [fj.SamplingParams(max_tokens=2)], None)
+    right = BucketedStep.trace
+
+    def trace(step: Any, bucket: Any, **arguments: Any) -> Any:
+        if step.name == "prefill":
+            raise CapacityError("too wide")
+        if step.name == "sample":
+            return broken
+        return right(step, bucket, **arguments)
+
+    def broken() -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(BucketedStep, "trace", trace)
+    [found] = bench_compile.compile_all(model, [line])
+    assert [record.step for record in steps_for(model.cfg).records()] == ["decode"]
+    assert found["compile_seconds_cold"] > 0
+
+
 def test_the_users_compile_cache_is_left_as_it_was() -> None:
     before = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")}
-    with bench_sweep.own_compile_cache():
+    with bench_compile.own_compile_cache():
         assert jax.config.values["jax_compilation_cache_dir"] != before["jax_compilation_cache_dir"]
     assert {name: jax.config.values[name] for name in before} == before
 
@@ -252,7 +296,7 @@ def test_bytes_of_a_step_are_those_of_the_leaves_it_reads() -> None:
 
 def test_experts_are_counted_where_rows_send_their_last_token() -> None:
     model = fj.load("demo", quiet=True, weight_cache=False)
-    same, different = [[5, 6, 7]] * 8, np.random.default_rng(0).integers(0, 4096, (8, 3)).tolist()
+    same, different = [[5, 6, 7]] * 8, np.random.default_rng(0).integers(0, 4096, (20, 3)).tolist()
     assert bench_sweep.experts_counted(model, same) == model.cfg.top_k
     found = bench_sweep.experts_counted(model, different)
     _, aux = fj.forward(model.params, jnp.asarray(different, jnp.int32), model.cfg, with_aux=True)

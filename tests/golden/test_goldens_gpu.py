@@ -8,6 +8,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.params import fold_permutations
+from ferrum_kernels import mosaic
 from ferrum_kernels.tiles import tile_all
 from tests.support.goldens import DEMO, FOLDERS, pad, read_model, reference
 from tests.support.triton_cases import ignore_deprecation
@@ -16,18 +17,27 @@ pytestmark = [pytest.mark.gpu, ignore_deprecation]
 PROMPTS = range(4)
 
 
-@pytest.mark.parametrize("name", [DEMO, "mixtral-w4g128sym", "qwen3-w4g32asymact", "qwen3moe-w4g32act"])
-def test_logits_are_near_the_reference(name):
+# Whose layers the Mosaic GPU kernels take: 4 bits in symmetric groups of 128, in input order.
+OF_MOSAIC = {DEMO, "mixtral-w4g128sym", "qwen3moe-w4g128sym"}
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_logits_are_near_the_reference(name, implementation):
+    if implementation == "mosaic" and (problem := mosaic.unavailable()):
+        pytest.skip(problem)
     golden = reference(name)
     if name == DEMO:
-        model = fj.load(FOLDERS[name], dtype="bfloat16", implementation="triton", quiet=True)
+        model = fj.load(FOLDERS[name], dtype="bfloat16", implementation=implementation, quiet=True)
         cfg, params = model.cfg, model.params
     else:  # without a tokenizer
-        cfg, params = read_model(FOLDERS[name], dtype="bfloat16", implementation="triton")
+        cfg, params = read_model(FOLDERS[name], dtype="bfloat16", implementation=implementation)
         params = jax.device_put(params, jax.devices()[0])
         params = fold_permutations(jax.jit(tile_all)(params))
     tokens, lengths = pad([golden[f"ids_{i}"] for i in PROMPTS])
-    logits = np.asarray(jax.jit(fj.forward, static_argnames="cfg")(params, tokens, cfg=cfg), np.float64)
+    step = jax.jit(fj.forward, static_argnames="cfg").lower(params, tokens, cfg=cfg)
+    assert ("mosaic_gpu" in step.as_text()) == (implementation == "mosaic" and name in OF_MOSAIC)
+    logits = np.asarray(step.compile()(params, tokens), np.float64)
     for i in PROMPTS:
         expected = golden[f"logits_q_{i}"].astype(np.float64)
         found = logits[i, lengths[i] - len(expected) : lengths[i]]

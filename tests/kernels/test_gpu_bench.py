@@ -226,7 +226,7 @@ def test_without_ncu_or_its_permission_it_says_so(tmp_path, monkeypatch, capsys)
 
 @ignore_deprecation
 @needs_pallas
-def test_what_the_sanitizer_watches_is_right():
+def test_what_the_sanitizer_watches_is_right(capsys, monkeypatch):
     small = script("small_shapes")
     rng = np.random.default_rng(0)
     with triton.interpreted():
@@ -235,14 +235,26 @@ def test_what_the_sanitizer_watches_is_right():
         assert small.layer(rng, small.DIALECTS[3], 3) <= small.LARGEST_ERROR
         assert small.sums(rng, (), 3) <= small.LARGEST_ERROR
         assert small.filters(rng, ("top-p",), 1) <= small.LARGEST_ERROR
+        assert small.parts(rng, (small.CUTS[1],), 3) <= small.LARGEST_ERROR
         for kind, tokens in ((small.CACHES[1], 5), (small.CACHES[2], 1)):
             assert small.attention(rng, kind, tokens) <= small.LARGEST_ERROR
     kinds = {(dialect, run.__name__) for run, dialect, _ in small.cases()}
     assert {dialect for dialect, name in kinds if name == "layer"} == set(small.DIALECTS)
-    assert {name for _, name in kinds} == {"product", "grouped", "layer", "sums", "filters", "attention"}
+    assert {name for _, name in kinds} == {"product", "grouped", "layer", "sums", "filters", "attention", "parts"}
+    assert "The Mosaic GPU kernels are left out: it needs a" in capsys.readouterr().err
+    monkeypatch.setattr(small.mosaic, "unavailable", lambda: None)
+    dealt = [case for part in range(3) for case in list(small.cases())[small.share_of(f"{part}/3")]]
+    assert {run.__name__ for run, *_ in small.cases()} - {name for _, name in kinds} == {"ring", "matrix"}
+    assert sorted(map(str, dealt)) == sorted(map(str, small.cases()))
+
+
+def test_a_share_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        script("small_shapes").main(["--share", "4/4"])
+    assert "4/4 is no share; give I/N with I from 0 to N - 1, such as 0/4" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="what is said without a GPU")
 def test_the_sanitizer_has_nothing_to_watch_without_a_gpu(capsys):
-    assert script("small_shapes").main() == 3
+    assert script("small_shapes").main([]) == 3
     assert "error: these are the kernels of an NVIDIA GPU: it needs an NVIDIA GPU" in capsys.readouterr().err

@@ -46,16 +46,25 @@ def run(x, logits, mask, stacks, ring):
     ("tokens", "ring"),
     [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring()), (7, FEW), (77, FEW), (77, DEEP)],
 )
-@pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked"])
+@pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked", "nobody"])
 def test_a_layer(tokens, load, ring):
-    stacks, dense_up, dense_down = layer()
+    check_layer(tokens, load, ring, WIDTH, FEATURES)
+
+
+@pytest.mark.parametrize("ring", [Ring(), FEW, DEEP])
+def test_inputs_of_fewer_groups_than_the_ring_holds(ring):
+    check_layer(77, "random", ring, width=256, features=128)
+
+
+def check_layer(tokens, load, ring, width, features):
+    stacks, dense_up, dense_down = layer(width, features)
     rng = np.random.default_rng()
-    x = jnp.asarray(rng.standard_normal((tokens, WIDTH)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
     bias = {"few experts": (np.arange(E) < 6) * 100, "one expert": (np.arange(E) < K) * 100}.get(load, 0)
     logits = jnp.asarray(rng.standard_normal((tokens, E)) + bias)
-    mask = jnp.asarray(rng.random(tokens) < (0.5 if load == "masked" else 1))
+    mask = jnp.asarray(rng.random(tokens) < {"masked": 0.5, "nobody": 0}.get(load, 1))
 
-    for shape in ((tokens * K + E * ring.block, FEATURES), (tokens * K, WIDTH)):
+    for shape in ((tokens * K + E * ring.block, features), (tokens * K, width)):
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.bfloat16)).delete()
     live, weights, y = run(x, logits, mask, stacks, ring)
     some = np.random.default_rng(0).permutation(tokens)[:40]
