@@ -8,6 +8,7 @@ string ends a row on the host, and what the device has sampled past it is droppe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,9 +19,10 @@ import numpy as np
 
 from ferrum_jax.buckets import Buckets
 from ferrum_jax.budget import buckets_for, check_cache
+from ferrum_jax.cache import KVCache, init_cache
 from ferrum_jax.cache import cache_dtype as dtype_of_cache
-from ferrum_jax.cache import init_cache
 from ferrum_jax.checkpoint.load import Model
+from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, RequestError
 from ferrum_jax.requests import Answer, request_of, token_ids
 from ferrum_jax.requests import Prompt as Prompt
@@ -149,6 +151,12 @@ def generate(
     return texts[0] if isinstance(prompts, str) else texts
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(cfg: ModelConfig, batch: int, slots: int, dtype: Any) -> tuple[KVCache, jax.Array]:
+    """A cache and logits of nothing, in one dispatch."""
+    return init_cache(cfg, batch, slots, dtype), jnp.zeros((batch, cfg.vocab_size), jnp.float32)
+
+
 @dataclasses.dataclass
 class _Batch:
     """One run of the host loop; the only mutable thing here."""
@@ -196,8 +204,7 @@ class _Batch:
 
         widest = self.buckets.widest(batch)
         check_cache(cfg, batch, slots, min(widest, max(map(len, prompts))), self.cache_dtype)
-        cache = init_cache(cfg, batch, slots, self.cache_dtype)
-        logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
+        cache, logits = _empty(cfg, batch, slots, self.cache_dtype)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         kind, start = cache_kind(cfg, cache), 0
         while start < lengths.max():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -172,7 +173,7 @@ def add_norm_route(
       layer: index into both.
 
     Returns:
-      (sum, norm, float32 logits [..., E] or None where `moe_layer` takes them itself).
+      (sum, norm, float32 logits [..., E], parts [parts, ..., E] of them, or None where `moe_layer` takes them itself).
     """
     if router is None or not triton_norm.takes(x, weight):
         return *add_norm(x, y, weight, cfg, layer), None
@@ -182,15 +183,19 @@ def add_norm_route(
         total = added(x, y)
         norm = rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps)
         matrix = jnp.swapaxes(at_layer(router, layer), 0, 1)
-        return total, norm, linear(norm.astype(jnp.float32), matrix, dataclasses.replace(cfg, implementation="xla"))
+        logits = linear(norm.astype(jnp.float32), matrix, dataclasses.replace(cfg, implementation="xla"))
+        if parts > 1:
+            logits = jnp.concatenate([logits[None], jnp.zeros((parts - 1, *logits.shape), logits.dtype)])
+        return total, norm, logits
 
     def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
         out = triton_norm.add_norm_route(
             *folded(x, y), weight, router, layer, cfg.rms_norm_eps, triton.is_interpreted()
         )
-        return tuple(a.reshape(*x.shape[:-1], -1) for a in out)
+        return tuple(a.reshape(*a.shape[:-2], *x.shape[:-1], -1) for a in out)
 
+    parts = triton_norm.logit_parts(math.prod(x.shape[:-1]))
     return differentiable(kernel, specified)((x, y, weight, router), jnp.asarray(layer, jnp.int32))
 
 
@@ -202,7 +207,7 @@ def moe_layer(
     layer: jax.Array | int | None = None,
     mask: Bool[Array, "*lead"] | None = None,
     block: int | None = None,
-    logits: Float[Array, "*lead E"] | None = None,
+    logits: jax.Array | None = None,
 ) -> tuple[Float[Array, "*lead D"], Routing]:
     """One mixture-of-experts layer: route, dispatch, run the live experts, combine.
 
@@ -213,7 +218,7 @@ def moe_layer(
       layer: index into stacks that have a layer axis, as inside a scan over layers; the router may lack that axis.
       mask: bool [...], False for padding tokens: they are sent to no expert and get zero.
       block: rows per block of the dispatch; None picks one for the number of tokens.
-      logits: the router's, where they are known already.
+      logits: the router's [..., E], or parts of them, as of `add_norm_route`; None: to be computed.
 
     Returns:
       ([..., D] in x.dtype, Routing with the same leading axes). Differentiable with respect to x and the router.
@@ -226,7 +231,9 @@ def moe_layer(
     """
     lead = x.shape[:-1]
     tokens = x.reshape(-1, x.shape[-1])
-    known = None if logits is None else logits.reshape(-1, logits.shape[-1])
+    known = None
+    if logits is not None:
+        known = logits.reshape(*logits.shape[: logits.ndim - x.ndim], -1, logits.shape[-1])
     if block is None and tokens.shape[0] and _fits_cpu_kernels(params["experts"], cfg):
         y, routing = _on_cpu_kernels(params, tokens, cfg, layer, mask)
     elif block is None and tokens.shape[0] and _fits_triton(params["experts"], cfg):
@@ -246,7 +253,7 @@ def _step_by_step(
     block: int | None,
     logits: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
-    logits = _router_logits(params["router"], x, cfg, layer) if logits is None else logits
+    logits = _router_logits(params["router"], x, cfg, layer) if logits is None else _whole(logits)
     routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
     plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts, block)
     return combine(run_experts(params["experts"], x, plan, cfg, layer), plan, routing.weights), routing
@@ -255,6 +262,11 @@ def _step_by_step(
 def _router_logits(router: jax.Array, x: jax.Array, cfg: ModelConfig, layer: Any) -> jax.Array:
     # In float32 whatever the activations: a rounded logit sends a token elsewhere.
     return linear(x.astype(jnp.float32), router, cfg, layer=_router_layer(router, layer))
+
+
+def _whole(logits: jax.Array) -> jax.Array:
+    """Logits [T, E], of which [parts, T, E] are parts."""
+    return logits if logits.ndim == 2 else jnp.sum(logits, axis=0)
 
 
 def _router_layer(router: jax.Array, layer: Any) -> Any:
@@ -306,14 +318,14 @@ def _on_triton(
     def layer_specified(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
         x, logits = activations
         mask, experts, layer = constants
-        routing = route(logits, cfg.top_k, cfg.norm_topk_prob)
+        routing = route(_whole(logits), cfg.top_k, cfg.norm_topk_prob)
         plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts)
         y = combine(run_experts(experts, x, plan, portable, layer), plan, routing.weights).astype(x.dtype)
         return y, routing.experts, routing.weights
 
     constants = live_tokens, params["experts"], index
     y, chosen, weights = differentiable(layer_of, layer_specified)((x, logits), constants)
-    return y, Routing(logits, chosen, weights)
+    return y, Routing(_whole(logits), chosen, weights)
 
 
 def _on_cpu_kernels(

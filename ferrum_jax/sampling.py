@@ -1,4 +1,4 @@
-"""Sampling a batch of requests on the device: the stages of `sampling_stages` in one order, one state, one plan.
+"""Sampling a batch of requests on the device: all stages in one order, one state, one plan.
 
 Order, as in vLLM: logit bias, repetition, presence and frequency penalties, temperature, min-p, top-k, top-p, draw.
 """
@@ -17,6 +17,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ferrum_jax.errors import RequestError
+from ferrum_jax.sampling_filters import draw_best as draw_best
+from ferrum_jax.sampling_filters import keep_best as keep_best
+from ferrum_jax.sampling_filters import keep_min_p as keep_min_p
+from ferrum_jax.sampling_filters import keep_top_k as keep_top_k
+from ferrum_jax.sampling_filters import keep_top_p as keep_top_p
 from ferrum_jax.sampling_params import SamplingParams as SamplingParams
 from ferrum_jax.sampling_stages import apply_logit_bias as apply_logit_bias
 from ferrum_jax.sampling_stages import apply_presence_frequency as apply_presence_frequency
@@ -25,9 +30,6 @@ from ferrum_jax.sampling_stages import apply_temperature as apply_temperature
 from ferrum_jax.sampling_stages import fold_in as fold_in
 from ferrum_jax.sampling_stages import greedy_token as greedy_token
 from ferrum_jax.sampling_stages import gumbel as gumbel
-from ferrum_jax.sampling_stages import keep_min_p as keep_min_p
-from ferrum_jax.sampling_stages import keep_top_k as keep_top_k
-from ferrum_jax.sampling_stages import keep_top_p as keep_top_p
 from ferrum_jax.sampling_stages import sample_token as sample_token
 from ferrum_jax.sampling_stages import token_logprob as token_logprob
 from ferrum_jax.sampling_stages import top_logprobs as top_logprobs
@@ -153,8 +155,8 @@ def init_sampler(
     plan = needed if plan is None else plan
     _check_plan(plan, needed)
 
-    def column(name: str, dtype: type) -> Array:
-        return jnp.asarray(np.array([getattr(request, name) for request in requests], dtype))
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(request, name) for request in requests], dtype)
 
     bias = np.zeros((len(requests), vocab_size), np.float32) if plan.bias else None
     if bias is not None:
@@ -164,20 +166,21 @@ def init_sampler(
     in_prompt = _prompt_mask(requests, prompts, vocab_size) if plan.repetition else None
     seeds = [int.from_bytes(os.urandom(8)) if r.seed is None else r.seed for r in requests]
     counted = plan.repetition or plan.presence_frequency
-    return SamplerState(
-        temperature=column("temperature", np.float32),
-        top_k=jnp.asarray(np.array([min(r.top_k, vocab_size) for r in requests], np.int32)),
-        top_p=column("top_p", np.float32),
-        min_p=column("min_p", np.float32),
-        repetition=column("repetition_penalty", np.float32),
-        presence=column("presence_penalty", np.float32),
-        frequency=column("frequency_penalty", np.float32),
-        keys=jnp.asarray(np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)),
-        step=jnp.zeros(len(requests), jnp.int32),
-        bias=None if bias is None else jnp.asarray(bias),
-        in_prompt=None if in_prompt is None else jnp.asarray(in_prompt),
-        counts=jnp.zeros((len(requests), vocab_size), jnp.int32) if counted else None,
-    )
+    rows = {
+        "temperature": column("temperature", np.float32),
+        "top_k": np.array([min(r.top_k, vocab_size) for r in requests], np.int32),
+        "top_p": column("top_p", np.float32),
+        "min_p": column("min_p", np.float32),
+        "repetition": column("repetition_penalty", np.float32),
+        "presence": column("presence_penalty", np.float32),
+        "frequency": column("frequency_penalty", np.float32),
+        "keys": np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32),
+        "step": np.zeros(len(requests), np.int32),
+        "bias": bias,
+        "in_prompt": in_prompt,
+    }
+    counts = jnp.zeros((len(requests), vocab_size), jnp.int32) if counted else None
+    return SamplerState(**jax.device_put(rows), counts=counts)  # all rows' values in one transfer
 
 
 def _check_plan(plan: SamplerPlan, needed: SamplerPlan) -> None:
@@ -234,8 +237,14 @@ def sample_step(logits: Array, state: SamplerState, plan: SamplerPlan) -> tuple[
     scores = _penalised(logits, state, plan)
     if plan.random:
         scores = apply_temperature(scores, state.temperature)
-        scores = _filtered(scores, state, plan)
-        token = sample_token(scores, fold_in(state.keys, state.step), state.temperature)
+        if plan.min_p:
+            scores = keep_min_p(scores, state.min_p)
+        keys = fold_in(state.keys, state.step)
+        if plan.top_k or plan.top_p:
+            k, p = state.top_k if plan.top_k else None, state.top_p if plan.top_p else None
+            token = draw_best(scores, k, p, keys, state.temperature)
+        else:
+            token = sample_token(scores, keys, state.temperature)
     else:
         token = greedy_token(scores)
     logprob = None if plan.logprobs is None else token_logprob(logits, token)
@@ -264,16 +273,6 @@ def _reserved(state: SamplerState, name: str) -> Array:
     if value is None:
         raise RequestError(f"the plan needs the state's {name}, which it has not; give init_sampler the same plan.")
     return value
-
-
-def _filtered(logits: Array, state: SamplerState, plan: SamplerPlan) -> Array:
-    if plan.min_p:
-        logits = keep_min_p(logits, state.min_p)
-    if plan.top_k:
-        logits = keep_top_k(logits, state.top_k)
-    if plan.top_p:
-        logits = keep_top_p(logits, state.top_p)
-    return logits
 
 
 def sample(
@@ -321,11 +320,12 @@ def sample(
 @jax.jit
 def _draw(logits: Array, key: Array, temperature: Array, filters: dict[str, Array]) -> Array:
     scores = apply_temperature(logits, temperature)
-    for name, stage in (("min_p", keep_min_p), ("top_k", keep_top_k), ("top_p", keep_top_p)):
-        if name in filters:
-            scores = stage(scores, filters[name])
+    if "min_p" in filters:
+        scores = keep_min_p(scores, filters["min_p"])
     rows = logits.shape[0]
     keys = fold_in(jnp.broadcast_to(key, (rows, 2)), jnp.arange(rows, dtype=jnp.int32))
+    if "top_k" in filters or "top_p" in filters:
+        return draw_best(scores, filters.get("top_k"), filters.get("top_p"), keys, temperature)
     return sample_token(scores, keys, temperature)
 
 

@@ -1,8 +1,7 @@
 """The stages of sampling: pure functions on float32 logits [B, V] with one traced parameter per row [B].
 
 Each is usable alone, under jit and on any device: no 64-bit types, no complex numbers, no custom top-k call, no sort.
-On NVIDIA GPUs the filters are kernels.
-A stage that removes a token sets its logit to -inf; the best token of a row is never removed.
+Those that remove tokens are in `sampling_filters`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.random import threefry2x32_p
-
-from ferrum_kernels import triton, triton_cut
 
 
 def apply_logit_bias(logits: Array, bias: Array) -> Array:
@@ -92,66 +89,6 @@ def apply_temperature(logits: Array, temperature: Array) -> Array:
       [[2.0, 4.0], [1.0, 2.0]]
     """
     return logits / jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))[:, None]
-
-
-def keep_min_p(logits: Array, min_p: Array) -> Array:
-    """Keeps tokens at least `min_p` times as likely as the best one.
-
-    Args:
-      logits: float32 [B, V].
-      min_p: float32 [B] in [0, 1]; 0 keeps all.
-
-    Returns:
-      float32 [B, V], -inf for the tokens removed.
-
-    Source: Nguyen et al., Turning Up the Heat: Min-p Sampling (2024).
-
-    Example:
-      >>> keep_min_p(jnp.log(jnp.array([[0.6, 0.3, 0.1]])), jnp.array([0.4]))[0, 2].item()
-      -inf
-    """
-    ratio = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    return jnp.where(ratio >= min_p[:, None], logits, -jnp.inf)
-
-
-def keep_top_k(logits: Array, k: Array) -> Array:
-    """Keeps the k best tokens; of equal logits at the cut, the smaller token ids.
-
-    Args:
-      logits: float32 [B, V].
-      k: int32 [B]; 0 keeps all.
-
-    Returns:
-      float32 [B, V], -inf for the tokens removed.
-
-    Source: Fan et al., Hierarchical Neural Story Generation (2018).
-
-    Example:
-      >>> keep_top_k(jnp.array([[1.0, 3.0, 1.0]]), jnp.array([2])).tolist()
-      [[1.0, 3.0, -inf]]
-    """
-    total = jnp.where(k > 0, k.astype(jnp.float32), jnp.inf)
-    return _keep_until(logits, total, likely=False)
-
-
-def keep_top_p(logits: Array, p: Array) -> Array:
-    """Keeps the smallest set of best tokens whose probability reaches p; equal logits as in `keep_top_k`.
-
-    Args:
-      logits: float32 [B, V].
-      p: float32 [B] in (0, 1]; 1 keeps all, and the best token always stays.
-
-    Returns:
-      float32 [B, V], -inf for the tokens removed.
-
-    Source: Holtzman et al., The Curious Case of Neural Text Degeneration (2020).
-
-    Example:
-      >>> keep_top_p(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), jnp.array([0.7]))[0, 2].item()
-      -inf
-    """
-    # A float32 sum may reach 1 early, so p = 1 is never reached.
-    return _keep_until(logits, jnp.where(p < 1, p, jnp.inf), likely=True)
 
 
 def sample_token(logits: Array, keys: Array, temperature: Array) -> Array:
@@ -235,7 +172,7 @@ def top_logprobs(logits: Array, n: int) -> tuple[Array, Array]:
     # n passes over the vocabulary: n is at most 20, far cheaper than sorting it.
     def best(rest: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
         token = greedy_token(rest)
-        return jnp.where(_positions(rest) == token[:, None], -jnp.inf, rest), (token, _at(logprobs, token))
+        return jnp.where(positions(rest) == token[:, None], -jnp.inf, rest), (token, _at(logprobs, token))
 
     _, (ids, values) = lax.scan(best, logits, None, length=n)
     return ids.T, values.T
@@ -285,49 +222,11 @@ def _threefry(keys: Array, counter: Array) -> list[Array]:
     return threefry2x32_p.bind(high, low, jnp.zeros_like(counter), counter)
 
 
-def _positions(array: Array) -> Array:
+def positions(array: Array) -> Array:
+    """The token id of each logit, int32 [B, V]."""
     return lax.broadcasted_iota(jnp.int32, array.shape, 1)
 
 
 def _at(array: Array, index: Array) -> Array:
     """array[b, index[b]] for every row, as a masked sum, which needs no gather."""
-    return jnp.sum(jnp.where(_positions(array) == index[:, None], array, jnp.zeros_like(array)), axis=-1)
-
-
-def _keep_until(logits: Array, total: Array, likely: bool) -> Array:
-    """Keeps the best tokens, equal ones by token id, until they weigh `total`; by their probability, or 1 each."""
-    # On a GPU too XLA's operations serve until the kernels' own tests have passed on one.
-    if triton.is_interpreted():
-        return triton_cut.keep_best(logits, total, likely, interpret=True)
-    return _keep_portably(logits, jax.nn.softmax(logits, axis=-1) if likely else jnp.ones_like(logits), total)
-
-
-@jax.jit
-def _keep_portably(logits: Array, weights: Array, total: Array) -> Array:
-    """The logit at the cut is found bit by bit: 32 masked sums are several times faster than a sort.
-
-    Counts are exact in float32 for any vocabulary below 2**24.
-    """
-    order = _order(logits)
-
-    def raise_cut(cut: Array, bit: Array) -> tuple[Array, None]:
-        higher = cut | bit
-        return jnp.where(_weigh(order >= higher[:, None], weights) >= total, higher, cut), None
-
-    bits = jnp.uint32(1) << jnp.arange(31, -1, -1, dtype=jnp.uint32)
-    cut, _ = lax.scan(raise_cut, jnp.zeros(logits.shape[0], jnp.uint32), bits)
-    better, equal = order > cut[:, None], order == cut[:, None]
-    earlier = lax.cumsum(equal.astype(logits.dtype), axis=1) - 1
-    before = _weigh(better, weights)[:, None] + earlier * weights
-    return jnp.where(better | (equal & (before < total[:, None])), logits, -jnp.inf)
-
-
-def _weigh(mask: Array, weights: Array) -> Array:
-    return jnp.sum(jnp.where(mask, weights, jnp.zeros_like(weights)), axis=-1)
-
-
-def _order(logits: Array) -> Array:
-    """uint32 numbers in the order of the float32 logits, with -0 equal to 0."""
-    bits = lax.bitcast_convert_type(jnp.where(logits == 0, jnp.zeros_like(logits), logits), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits >= sign, ~bits, bits | sign)
+    return jnp.sum(jnp.where(positions(array) == index[:, None], array, jnp.zeros_like(array)), axis=-1)

@@ -15,6 +15,7 @@ from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.errors import BackendError, CapacityError, ConfigError, RequestError
 from ferrum_jax.generation import Step, Steps, steps_for, stream_batch
 from ferrum_jax.sampling import SamplerPlan, SamplingParams
+from tests.support.compiling import Compilations
 
 PROMPTS = ["Once upon a time there was a king", "The fox", "In the beginning of the world the old woman said to him"]
 NO_PROMPTS: list[Any] = [None, [1, 2.5]]
@@ -139,6 +140,15 @@ def test_nothing_compiles_outside_the_buckets(model: Model) -> None:
     assert len(seen) == len(set(seen))
     assert {bucket for step, bucket in seen if step == "prefill"} <= {(b, t, 64) for b in (1, 2) for t in (16, 32)}
     assert {bucket for step, bucket in seen if step == "decode"} == {(1, 64), (2, 64)}
+
+
+def test_the_first_token_takes_the_steps_and_one_program_that_makes_the_cache(model: Model) -> None:
+    """An operation of its own takes a GPU's host half a millisecond, before anything runs."""
+    assert len(list(fj.stream_generate(model, PROMPTS[0], max_tokens=1))) == 1  # the steps are compiled by now
+    jax.clear_caches()
+    compilations = Compilations()
+    assert next(fj.stream_generate(model, PROMPTS[0], max_tokens=2)).finish_reason is None
+    assert compilations.count == 1
 
 
 def shown(steps: list[Step]) -> list[tuple]:

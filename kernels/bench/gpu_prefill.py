@@ -1,7 +1,8 @@
 """Read a prompt with a whole model of random weights on a GPU: tokens per second by length, and a layer's kernels.
 
 Weights are made on the device, in tiles, and routing is near uniform. A prompt is read as `generate` reads it, in
-pieces of the largest bucket, each queued behind the last; the first token is sampled greedily.
+pieces of the largest bucket, each queued behind the last; the first token is sampled greedily. With --generate, the
+first token of `generate` itself is timed too: what comes beside the programs is the host's.
 
     python kernels/bench/gpu_prefill.py --prompts 128,4096 --profile 128,4096
 """
@@ -44,12 +45,42 @@ class Reader:
 
     def __call__(self) -> None:
         """Read and wait for the first token."""
-        cache, token = dataclasses.replace(self.cache, lengths=jnp.zeros(1, jnp.int32)), None
+        cache, token = dataclasses.replace(self.cache, lengths=np.zeros(1, np.int32)), None
         for (program, _, count), tokens in zip(self.pieces, self.tokens, strict=True):
             given = {"tokens": tokens, "lengths": np.array([count], np.int32)}
             token, cache = program(params=self.params, cache=cache, **given)
         self.cache = cache
         np.asarray(token)
+
+
+class NoText:
+    """Stands for a tokenizer, and for a stream of text, of which there is none."""
+
+    eos_token_ids = ()
+
+    def stream(self) -> NoText:
+        """The stream."""
+        return self
+
+    def push(self, token: int) -> str:
+        """No text for a token."""
+        del token
+        return ""
+
+    def flush(self) -> str:
+        """No text at the end."""
+        return ""
+
+
+def through_generate(cfg: ModelConfig, params: Any, length: int, repeats: int) -> float:
+    """Milliseconds to the first token of a prompt by `generate`, as it says itself: the median of some calls."""
+    from ferrum_jax.checkpoint.load import Model
+    from ferrum_jax.generation import stream_generate
+
+    model: Any = Model(cfg, params, NoText(), None)  # type: ignore[arg-type]
+    tokens = np.random.default_rng(length).integers(cfg.vocab_size, size=length).tolist()
+    times = [next(stream_generate(model, tokens, max_tokens=2)).stats.first_token_seconds for _ in range(repeats + 2)]
+    return statistics.median(times[2:]) * 1e3
 
 
 def main() -> None:
@@ -61,6 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--implementation", default=None)
     parser.add_argument("--profile", type=numbers, default="", help="lengths whose kernels are listed")
+    parser.add_argument("--generate", action="store_true", help="time the first token of `generate` too")
     parser.add_argument("--rows", type=int, default=24, help="of a list of kernels")
     args = parser.parse_args()
     cfg = sizes_of(parser, args.config)
@@ -113,6 +145,9 @@ def main() -> None:
         if length in args.profile:
             print_kernels(kernels(run, 1)[: args.rows], layers)
         del run
+        if args.generate:
+            first = through_generate(cfg, params, length, args.repeats)
+            print(f"    first token through generate: {first:8.2f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ferrum_jax.sampling_filters import keep_best
 from ferrum_kernels import (
     PackedLinear,
     dequantize,
@@ -31,7 +32,6 @@ from ferrum_kernels import (
     tile,
     triton,
     triton_attention,
-    triton_cut,
     triton_norm,
     triton_rows,
 )
@@ -198,11 +198,13 @@ def sums(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
 
 def filters(rng: np.random.Generator, kind: tuple, rows: int) -> float:
     """How far what top-k or top-p keeps is from its limit; infinite where others than the best are kept."""
-    likely, vocab = kind == ("top-p",), 20_001
+    likely, vocab = kind == ("top-p",), 20_001  # one row of equal logits is more than a list holds
     logits = (3 * rng.standard_normal((rows, vocab))).astype(np.float32)
     logits[:, 100:180] = 9.0
+    logits[0] = 0.25
     limits = (rng.uniform(0.05, 0.95, rows) if likely else rng.integers(1, 300, rows)).astype(np.float32)
-    kept = triton_cut.keep_best(jax.device_put(logits), jax.device_put(limits), likely, triton.is_interpreted())
+    given = (None, jax.device_put(limits)) if likely else (jax.device_put(limits.astype(np.int32)), None)
+    kept = keep_best(jax.device_put(logits), *given, implementation="triton")
     worst = 0.0
     for row, mask, limit in zip(logits.astype(np.float64), np.asarray(kept) > -np.inf, limits, strict=True):
         order, count = np.argsort(-row, kind="stable"), int(mask.sum())

@@ -298,8 +298,8 @@ class Bench:
         return Program(step, (x, tables, stack), layers, error)
 
     def _place(self, case: Case) -> Program:
-        [block], pairs = case.cut, case.load
-        blocks = max_blocks(pairs, self.experts, block)
+        pairs = case.load
+        blocks = max_blocks(pairs, self.experts, case.cut[-1])
         # Other pairs for every kernel, as two alike would be one; constants, so that the program has no arguments.
         ids = [
             routing(i, pairs, self.experts, self.top_k).reshape(-1, tokens_share(pairs, self.top_k)) for i in range(8)
@@ -308,7 +308,7 @@ class Bench:
 
         @jax.jit
         def one(live: jax.Array, counts: jax.Array) -> Any:
-            return triton_route.place(live, counts, self.experts, block, blocks, self.interpret)
+            return triton_route.place(live, counts, self.experts, case.cut, blocks, self.interpret)
 
         def step() -> Any:
             first, *rest = (one(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(ids, counts, strict=True))
@@ -316,7 +316,7 @@ class Bench:
 
         def error(results: Any) -> float:
             order, *tables = map(np.asarray, results[0])
-            *expected, pair = map(np.asarray, self._tables(pairs, block))
+            *expected, pair = map(np.asarray, self._tables(pairs, case.cut[-1]))
             used = expected[0] < self.experts  # the rest of the table only has to name nobody
             same = [(a[used] == b[used]).all() for a, b in zip(tables, expected, strict=True)]
             return 0.0 if all(same) and (order == pair).all() and (tables[0] == expected[0]).all() else float("inf")

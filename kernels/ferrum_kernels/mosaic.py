@@ -117,7 +117,7 @@ def routed_experts(
 
     Args:
       x: bfloat16 or float16 [T, D], T at least 1.
-      logits: float [T, E].
+      logits: float [T, E], or parts [parts, T, E] to be added up.
       mask: bool [T], False for tokens that go nowhere; None: none.
       top_k: K.
       norm: rescale the K weights to sum to one.
@@ -153,7 +153,7 @@ def run_experts(
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
     blocks = max_blocks(pairs, num_experts, block)
     counts = triton.count(live, num_experts) if counts is None else counts
-    order, *tables = triton_route.place(live, counts, num_experts, block, blocks, False)
+    order, *tables = triton_route.place(live, counts, num_experts, up_ring.columns, blocks, False)
     rows = Rows(block, *tables, order=order)
     # Between the products a block's rows begin at a multiple of the block: a tile copied at once begins at no other.
     h = product(x, gate_up, index, rows, blocks * block, up_ring, gated=True, pairs_per_row=top_k)

@@ -21,8 +21,9 @@ from ferrum_kernels.tiles import PLANE, TiledLinear
 from ferrum_kernels.triton_matmul import Rows
 
 # Registers of a thread that multiplies and of one that copies, by how many warpgroups multiply and whether rows are
-# gathered: those that all threads of a program get, 168 each of 384 threads and 96 of 640, are shared out anew.
-REGISTERS = {(2, True): (216, 72), (2, False): (232, 40), (4, True): (104, 56), (4, False): (112, 32)}
+# gathered: those that all threads of a program get, 168 each of 384 threads and 96 of 640, are shared out anew. With
+# fewer for two warpgroups, ptxas has every single wgmma waited for (it says so: C7512).
+REGISTERS = {(2, True): (224, 56), (2, False): (240, 24), (4, True): (104, 56), (4, False): (112, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,10 @@ def product(
     n, programs = w.words.shape[-2], multiprocessors()
     out_columns = n // 2 if gated else n
     statics = _Statics(ring, pairs_per_row, by_pair, gated, w.num_experts, w.num_blocks, out_columns, programs)
-    base = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,)) * w.num_experts
+    index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
     words, scales = w.words.reshape(-1, n // 2, 2 * PLANE), w.scales.reshape(-1, n)
     tables = rows.experts, rows.starts, rows.counts, rows.order
-    return _run(statics, out_rows, x, words, scales, *tables, base)
+    return _run(statics, out_rows, x, words, scales, *tables, index)
 
 
 # A program of many layers traces and lowers the kernel once.
@@ -180,7 +181,7 @@ class _Refs:
     starts: Any
     counts: Any
     order: Any
-    base: Any
+    layer: Any
     out: Any
     x_ring: Any
     words_ring: Any
@@ -262,7 +263,8 @@ def _copy(s: _Statics, refs: _Refs) -> None:
         plgpu.barrier_arrive(refs.full.at[_slot(s, step)])
 
     def run(work: _Work, after: _Work) -> None:
-        where, first_group = None, (work.expert + refs.base[0]) * s.groups
+        # The layer's first expert is found here: outside, that product would be a launch of its own.
+        where, first_group = None, (refs.layer[0] * s.experts + work.expert) * s.groups
         if s.gathers:
             sources = pieces.sources(block, s.pairs_per_row, 2 * refs.x.shape[-1])
             where = sources(refs.order, work.start, work.count)
@@ -326,27 +328,22 @@ def _multiply(s: _Statics, refs: _Refs, warpgroup: Any) -> None:
     def multiply_group(work: _Work, columns: int, k: Any, carry: Any) -> Any:
         slot = _slot(s, work.turn * s.groups + k)
         plgpu.barrier_wait(refs.full.at[slot])
-        x = refs.x_ring.at[slot, pl.ds(0, columns)].T
+        new = [[load_scale(refs.scales_ring.at[slot, run]) for run in part] for part in runs]
         rescale = pieces.rescale(columns)
 
-        def multiply(part: int) -> list[Any]:
-            """Sums and scales of this part and the later ones, which are decoded while this one is multiplied."""
-            total, old = carry[part]
-            new = [load_scale(refs.scales_ring.at[slot, run]) for run in runs[part]]
-            weights = decode(*(refs.words_ring.at[slot, r] for r in words[part]))
-            scaled = rescale(total, *old, *new)
+        def scope(*totals: Any) -> list[Any]:
+            for total, (old, before), after in zip(totals, carry, new, strict=True):
+                total[...] = rescale(old, *before, *after)
+            # A part is decoded while the one before is multiplied. Sums are not touched meanwhile: ptxas would wait for
+            # the products first.
+            for total, part in zip(totals, words, strict=True):
+                weights = decode(*(refs.words_ring.at[slot, run] for run in part))
+                plgpu.wgmma(total, weights, refs.x_ring.at[slot, pl.ds(0, columns)].T)
+            return [plgpu.layout_cast(total[...], sums_layout) for total in totals]
 
-            def scope(sums: Any) -> list[Any]:
-                sums[...] = scaled
-                plgpu.wgmma(sums, weights, x)
-                later = multiply(part + 1) if part + 1 < s.ring.parts else []
-                return [(plgpu.layout_cast(sums[...], sums_layout), new), *later]
-
-            return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((2 * RUN, columns), jnp.float32))
-
-        carry = multiply(0)
+        sums = pl.run_scoped(scope, *(plgpu.WGMMAAccumulatorRef((2 * RUN, columns), jnp.float32) for _ in first))
         plgpu.barrier_arrive(refs.empty.at[slot])
-        return carry
+        return list(zip(sums, new, strict=True))
 
     def multiply_block(work: _Work, columns: int) -> None:
         zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), sums_layout)

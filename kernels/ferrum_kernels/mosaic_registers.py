@@ -218,16 +218,17 @@ def gather(block: int, rows: int) -> Any:
         inside = arith.addi(arith.muli(arith.shrui(chunk, c(3)), c(1024)), arith.muli(row, c(128)))
         inside = arith.addi(inside, arith.muli(piece, c(16)))
         base = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(to)), inside)
+        left = arith.subi(_scalar(count), row)
         for i in range(rows // 8):
             offset = arith.addi(arith.extui(i64, _one(offsets.registers.flat[i])), arith.extui(i64, along))
+            text = f"setp.gt.s32 p, $2, {8 * i}; @p cp.async.cg.shared.global [$0+{i * 2048}], [$1], 16;"
             _asm(
                 ir.Type.parse("!llvm.void"),
-                f"{{ .reg .pred p; setp.lt.s32 p, $2, $3; @p cp.async.cg.shared.global [$0+{i * 2048}], [$1], 16; }}",
-                "r,l,r,r",
+                f"{{ .reg .pred p; {text} }}",
+                "r,l,r",
                 base,
                 _at(x, offset),
-                arith.addi(row, c(8 * i)),
-                _scalar(count),
+                left,
                 effects=True,
             )
 

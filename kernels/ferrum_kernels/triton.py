@@ -234,7 +234,7 @@ def routed_experts(
 
     Args:
       x: bfloat16 or float16 [T, D], T at least 1.
-      logits: float [T, E].
+      logits: float [T, E], or parts [parts, T, E] to be added up.
       mask: bool [T], False for tokens that go nowhere; None: none.
       top_k: K.
       norm: rescale the K weights to sum to one.
@@ -290,7 +290,7 @@ def _experts_in_blocks(
     down_tile = fit(down_tile, down.words.shape[-2], down.num_blocks)
     table = max(up_block, down_block)
     blocks = max_blocks(pairs, num_experts, table)
-    order, *tables = triton_route.place(live, counts, num_experts, table, blocks, interpret)
+    order, *tables = triton_route.place(live, counts, num_experts, (table,), blocks, interpret)
     rows = Rows(table, experts=tables[0], starts=tables[1], counts=tables[2], order=order)
 
     def run(x: jax.Array, w: TiledLinear, block: int, tile: Any, out: Any, **how: Any) -> jax.Array:

@@ -150,7 +150,7 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
             arrived = plgpu.atomic_add(out["arrived"], (counter,), jnp.int32(1))
 
             def last() -> None:
-                plgpu.atomic_add(out["arrived"], (counter,), -mine.parts)  # zero for the next layer
+                out["arrived"][counter] = jnp.int32(0)  # for the next layer: nobody else comes
                 add()
 
             pl.when(arrived == mine.parts - 1)(last)

@@ -1,8 +1,9 @@
-"""The best tokens of each row of logits on the Triton backend, until their weights reach a total; without a sort.
+"""Where top-k and top-p cut each row of logits on the Triton backend: an exact search that reads a row a few times.
 
-The logit at the cut is found four bits at a time. A pass gives, for each chunk of a row, the weights of the tokens
-above 15 candidates; the next pass adds the chunks up and goes on from the digit found. Chunks depend on the vocabulary
-alone, so a row gets the same sums in any batch.
+One pass notes the best logit and the weight of each group of tokens. A row's groups alone bound where its cut lies; two
+more passes weigh what is above 16 logits between those bounds. The tokens that are left are put into a list, and one
+program per row finds the cut in it. Groups without a token above the lower bound are not read again. How a row is cut
+up depends on the vocabulary alone, so it gets the same sums in any batch.
 """
 
 from __future__ import annotations
@@ -15,160 +16,247 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-BITS, DIGITS = 4, 16
-PASSES = 32 // BITS
-CHUNKS = 32  # of a row
-STEP = 512  # tokens that a turn of a loop takes
-TOP = np.int32(-(2**31))  # the sign bit: numbers are compared as signed, digits are of unsigned ones
+from ferrum_kernels.triton_cut_row import counts, find_kernel
+from ferrum_kernels.triton_logits import (
+    GROUP,
+    LIST,
+    TILE,
+    TOP,
+    Refs,
+    call_kernel,
+    float_of,
+    order,
+    part_size,
+    parts,
+    read,
+    store,
+    tokens,
+)
+
+STEP = 512  # tokens that are weighed at a time
+BOUNDS = 16  # logits that a pass weighs
+COARSE = 16  # bits that the bounds of a row have
+FEW = LIST // 16  # groups whose tokens from the lower bound on are taken to fit the list
 
 
-class Place(NamedTuple):
-    """A program's chunk of a row: tokens from chunk * size on."""
+class Cuts(NamedTuple):
+    """Where rows are cut: the tokens above the logit stay, and those at it up to the id.
 
-    size: int
-    interpret: bool
-    row: Any
-    chunk: Any
+    Attributes:
+      logit: float32 [B].
+      last: int32 [B].
+      best: float32 [B, groups], the best logit of each GROUP tokens.
+    """
+
+    logit: jax.Array
+    last: jax.Array
+    best: jax.Array
 
 
-def keep_best(logits: jax.Array, total: jax.Array, likely: bool, interpret: bool) -> jax.Array:
-    """Keep the best tokens, equal ones by token id, until their weights reach `total`.
+def find(logits: jax.Array, k: jax.Array, p: jax.Array, interpret: bool) -> Cuts:
+    """Where the k best tokens end, and of those the best that reach probability p.
 
     Args:
       logits: float32 [B, V].
-      total: float32 [B]; infinity keeps all.
-      likely: weights are softmax(logits); else each token weighs 1.
+      k: int32 [B]; 0 for all.
+      p: float32 [B]; 1 or more for all.
       interpret: run without a GPU.
 
-    Returns:
-      float32 [B, V], -inf for the tokens removed.
     """
     rows, vocab = logits.shape
-    size = -(-vocab // (CHUNKS * STEP)) * STEP
-    chunks = -(-vocab // size)
-    given = [logits, total]
-    if likely:
-        best = jnp.max(logits, axis=-1)
-        given += [best, jnp.sum(jnp.exp(logits - best[:, None]), axis=-1)]
-    call = functools.partial(_call, likely, size, (rows, chunks), interpret)
-    sums = jax.ShapeDtypeStruct((rows, chunks, DIGITS), jnp.float32)
-    cuts = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    found: tuple[jax.Array, ...] = ()
-    for i in range(PASSES):
-        found = call(functools.partial(_digit_kernel, 32 - BITS * (i + 1)), (sums, cuts), "cut_digit", *given, *found)
-    parts = jax.ShapeDtypeStruct((rows, chunks), jnp.float32), jax.ShapeDtypeStruct((rows, chunks), jnp.int32)
-    above, equal, cut = call(_count_kernel, (*parts, cuts), "cut_count", *given, *found)
-    return call(_keep_kernel, logits, "cut_keep", *given, above, equal, cut)
+    groups, tiles = -(-vocab // GROUP), -(-vocab // TILE)
+    call = functools.partial(call_kernel, interpret)
+    given = {"logits": logits, "k": k, "p": p}
+    numbers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    whole = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    stats = {name: numbers((rows, groups)) for name in ("best", "weight", "worst")}
+    given |= call(_group_kernel, {"logits": logits}, stats, (rows, tiles), "cut_groups")
+    best = given["best"]
+    given |= call(
+        _bound_kernel, given, {"facts": numbers((rows, 4)), "cell": numbers((rows, 2))}, (rows,), "cut_bound", 8
+    )
+    given = {name: given[name] for name in ("logits", "k", "p", "best", "facts", "cell")}
+    weighed = {"bounds": numbers((rows, BOUNDS)), "sums": numbers((rows, tiles, BOUNDS))}
+    for _ in range(2):
+        given |= call(_weigh_kernel, given, weighed, (rows, tiles), "cut_weigh")
+    counted = {"cell": numbers((rows, 3)), "above": whole((rows, tiles)), "inside": whole((rows, tiles))}
+    given |= call(_count_kernel, given, counted, (rows, tiles), "cut_count")
+    given = {name: x for name, x in given.items() if name not in weighed}
+    left = {"left": numbers((rows, LIST)), "ids": whole((rows, LIST))}
+    given |= call(_list_kernel, given, left, (rows, tiles), "cut_list")
+    given.pop("best")
+    found = call(find_kernel, given, {"cut": numbers((rows,)), "last": whole((rows,))}, (rows,), "cut_find", 8)
+    return Cuts(found["cut"], found["last"], best)
 
 
-def _call(
-    likely: bool, size: int, grid: tuple[int, int], interpret: bool, kernel: Any, out: Any, name: str, *given: jax.Array
-) -> Any:
+def _group_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> None:
+    """Of each group the best and the worst logit, and exp(logit - best) added up; -inf is not there."""
+    vocab, groups = r["logits"].shape[1], out["best"].shape[1]
+    group = tile * (TILE // GROUP) + jnp.arange(TILE // GROUP, dtype=jnp.int32)
+    token = group[:, None] * GROUP + jnp.arange(GROUP, dtype=jnp.int32)[None, :]
+    x = read(r["logits"], row, token, token < vocab, -jnp.inf, interpret)
+    there = x > -jnp.inf
+    best = jnp.max(x, axis=1)
+    weight = jnp.sum(jnp.where(there, jnp.exp(x - best[:, None]), 0.0), axis=1)
+    worst = jnp.min(jnp.where(there, x, jnp.inf), axis=1)
+    for name, value in (("best", best), ("weight", weight), ("worst", worst)):
+        store(out[name], row, group, value, group < groups)
+
+
+def _bound_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
+    """Facts of a row, and logits between which its cut is.
+
+    Facts are its best and its worst logit, what its tokens are to weigh together, and whether few groups have any from
+    the lower bound on, so that no pass is needed.
+
+    At least a group's best token is above a logit where the best is, and at most all of the group.
+    """
+    groups = r["best"].shape[1]
+    lane = jnp.arange(1 << (groups - 1).bit_length(), dtype=jnp.int32)
+    there = lane < groups
+    best = read(r["best"], row, lane, there, -jnp.inf, interpret)
+    most = jnp.max(best)
+    least = jnp.min(read(r["worst"], row, lane, there, jnp.inf, interpret))
+    one = jnp.where(best > -jnp.inf, jnp.exp(best - most), 0.0)
+    all_of = one * read(r["weight"], row, lane, there, 0.0, interpret)
+    weight = jnp.sum(all_of)
+    k, p = r["k"][row], r["p"][row]
+    total = jnp.where(k > 0, k.astype(jnp.float32), jnp.where(p < 1, p * weight, jnp.inf))
+    one = jnp.where(k > 0, 1.0, one)
+    all_of = jnp.where(k > 0, float(GROUP), all_of)
+    places = jnp.where(best > -jnp.inf, order(best), TOP)
+
+    def bit(i: Any, cuts: tuple) -> tuple:
+        found = []
+        for cut, weights in zip(cuts, (one, all_of), strict=True):
+            higher = cut | (jnp.int32(1) << (31 - i))
+            reached = jnp.sum(jnp.where(places >= higher ^ TOP, weights, 0.0)) >= total
+            found.append(jnp.where(reached, higher, cut))
+        return tuple(found)
+
+    low, high = lax.fori_loop(0, COARSE, bit, (jnp.int32(0), jnp.int32(0)))
+    high = (high | np.int32(2 ** (32 - COARSE) - 1)) ^ TOP  # the cut is not above
+    low = lax.max(low ^ TOP, order(least))
+    few = jnp.sum(jnp.where(places >= low, 1, 0)) <= FEW
+    for i, fact in enumerate((most, least, total, jnp.where(few, 1.0, 0.0))):
+        out["facts"][row, i] = fact
+    out["cell"][row, 0] = float_of(low)
+    out["cell"][row, 1] = jnp.where(few | (high >= order(most)), jnp.inf, float_of(high + 1))
+
+
+def _cell(r: Refs, row: Any) -> tuple[Any, ...]:
+    """Logits from and below which the cut is, and after a pass what weighs more."""
+    known = r["cell"][row, 0], r["cell"][row, 1], jnp.float32(0.0)
+    if "sums" not in r:
+        return known
+    from jax.experimental.pallas import triton as plgpu
+
+    tiles, total = r["sums"].shape[1], r["facts"][row, 2]
+    lanes = jnp.arange(1 << (tiles - 1).bit_length(), dtype=jnp.int32)[:, None]
+    bound = jnp.arange(BOUNDS, dtype=jnp.int32)
+    at = jnp.broadcast_arrays(row, jnp.where(lanes < tiles, lanes, 0), bound[None, :])
+    weights = jnp.sum(jnp.where(lanes < tiles, plgpu.load(r["sums"].at[tuple(at)]), 0.0), axis=0)
+    bounds = plgpu.load(r["bounds"].at[jnp.full(bound.shape, row, jnp.int32), bound])
+    low = jnp.max(jnp.where(weights >= total, bounds, -jnp.inf))
+    high = jnp.min(jnp.where(weights >= total, jnp.inf, bounds))
+    passed = low, high, jnp.max(jnp.where(weights >= total, 0.0, weights))
+    return tuple(jnp.where(r["facts"][row, 3] > 0, a, b) for a, b in zip(known, passed, strict=True))
+
+
+def _weigh_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> None:
+    """Of a tile the weights from each of some logits on, which lie evenly where the cut is."""
     from jax.experimental import pallas as pl
+
+    cell = _cell(r, row)
+    most, least, total, few = (r["facts"][row, i] for i in range(4))
+
+    def weigh() -> None:
+        low, high = lax.max(cell[0], least), lax.min(cell[1], most)
+        apart = high / (BOUNDS - 1) - low / (BOUNDS - 1)
+        bounds = [lax.min(low + apart * i, high) for i in range(BOUNDS - 1)] + [high]
+        step = min(STEP, part_size(interpret))
+
+        def add(first: Any, sums: Any) -> Any:
+            steps = range(0, part_size(interpret), step)
+            ids = [first + i + jnp.arange(step, dtype=jnp.int32) for i in steps]
+            for x in [tokens(interpret, r, row, some, low) for some in ids]:
+                weights = jnp.where(r["k"][row] > 0, 1.0, jnp.exp(x - most))
+                sums = [_plus(total, x, bound, weights, interpret) for total, bound in zip(sums, bounds, strict=True)]
+            return sums
+
+        sums = [jnp.zeros((step,), jnp.float32)] * BOUNDS
+        for first, some in parts(interpret, r, row, tile, low):
+            sums = lax.cond(some, functools.partial(add, first), lambda sums: sums, sums)
+        for i, total in enumerate(sums):
+            out["sums"][row, tile, i] = jnp.sum(total)
+
+        def note() -> None:
+            for i, bound in enumerate(bounds):
+                out["bounds"][row, i] = bound
+
+        pl.when(tile == 0)(note)
+
+    pl.when((total < jnp.inf) & (few == 0))(weigh)
+
+
+def _plus(total: jax.Array, x: jax.Array, bound: Any, weights: jax.Array, interpret: bool) -> jax.Array:
+    """total, and the weights where x reaches the bound, in two instructions."""
+    if interpret:
+        return total + jnp.where(x >= bound, weights, 0.0)
     from jax.experimental.pallas import triton as plgpu
 
-    inputs = 4 if likely else 2
-    single = not isinstance(out, tuple)
-    return pl.pallas_call(
-        lambda *refs: kernel(Place(size, interpret, pl.program_id(0), pl.program_id(1)), refs[:inputs], *refs[inputs:]),
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype) if single else out,
-        grid=grid,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name=name,
-    )(*given)
+    asm = "{ .reg .pred q; setp.ge.f32 q, $2, $3; mov.f32 $0, $1; @q add.f32 $0, $0, $4; }"
+    out = [jax.ShapeDtypeStruct(x.shape, jnp.float32)]
+    given = [total, x, jnp.broadcast_to(bound, x.shape), weights]
+    [y] = plgpu.elementwise_inline_asm(asm, args=given, constraints="=&f,f,f,f,f", pack=1, result_shape_dtypes=out)
+    return y
 
 
-def _tokens(place: Place, given: Any, i: Any) -> tuple[jax.Array, ...]:
-    """(ids, whether they exist, logits, their order as int32, their weights) of one turn over the program's chunk."""
-    from jax.experimental.pallas import triton as plgpu
-
-    size, interpret, row, chunk = place
-    logits, vocab = given[0], given[0].shape[1]
-    token = chunk * size + i * STEP + jnp.arange(STEP, dtype=jnp.int32)
-    here = token < vocab
-    at = jnp.where(here, token, vocab) if interpret else token
-    x = plgpu.load(logits.at[jnp.full(at.shape, row, jnp.int32), at], mask=here, other=-jnp.inf)
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
-    order = jnp.where(bits < 0, bits ^ np.int32(2**31 - 1), bits)
-    weight = jnp.ones(x.shape, jnp.float32) if len(given) == 2 else jnp.exp(x - given[2][row]) / given[3][row]
-    return at, here, x, order, jnp.where(here, weight, 0.0)
-
-
-def _cut(place: Place, given: Any, shift: int, sums: Any, cuts: Any) -> jax.Array:
-    """The cut so far, from the sums of the pass that looked for the digit at `shift`."""
-    from jax.experimental.pallas import triton as plgpu
-
-    row, chunks = place.row, sums.shape[1]
-    at = jnp.broadcast_arrays(row, jnp.arange(CHUNKS)[:, None], jnp.arange(DIGITS)[None, :])
-    parts = plgpu.load(sums.at[tuple(at)], mask=at[1] < chunks, other=0.0)
-    digit = jnp.arange(DIGITS, dtype=jnp.int32)
-    reached = (jnp.sum(parts, axis=0) >= given[1][row]) & (digit > 0)
-    # A higher cut weighs less, so the digit is how many are reached.
-    return cuts[row] | (jnp.sum(jnp.where(reached, 1, 0)) << shift)
-
-
-def _digit_kernel(shift: int, place: Place, given: Any, *refs: Any) -> None:
+def _count_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> None:
+    """How many tokens of a tile are above the cell, and how many in it."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
-    sums, cuts = refs[-2:]
-    row, chunk = place.row, place.chunk
-    cut = jnp.int32(0) if len(refs) == 2 else _cut(place, given, shift + BITS, *refs[:2])
-    digit = jnp.arange(DIGITS, dtype=jnp.int32)
-    candidates = (cut | (digit << shift)) ^ TOP
-
-    def add(i: Any, total: jax.Array) -> jax.Array:
-        _, _, _, order, weight = _tokens(place, given, i)
-        return total + jnp.sum(jnp.where(order[:, None] >= candidates[None, :], weight[:, None], 0.0), axis=0)
-
-    total = lax.fori_loop(0, place.size // STEP, add, jnp.zeros((DIGITS,), jnp.float32))
-    plgpu.store(sums.at[row, chunk, pl.ds(0, DIGITS)], total)
+    cell = _cell(r, row)
 
     def note() -> None:
-        cuts[row] = cut
+        for i in range(3):
+            out["cell"][row, i] = cell[i]
 
-    pl.when(chunk == 0)(note)
+    def count() -> None:
+        def add(first: Any, above: Any, inside: Any) -> tuple[Any, Any]:
+            ids = first + jnp.arange(part_size(interpret), dtype=jnp.int32)
+            x = tokens(interpret, r, row, ids, cell[0])
+            above += jnp.sum(jnp.where(x >= cell[1], 1, 0))
+            return above, inside + jnp.sum(jnp.where((x >= cell[0]) & (x < cell[1]) & (x > -jnp.inf), 1, 0))
+
+        found = tile - tile, tile - tile  # zeros, but no constants, which Pallas does not lower in a branch
+        for first, some in parts(interpret, r, row, tile, cell[0]):
+            found = lax.cond(some, functools.partial(add, first), lambda *found: found, *found)
+        out["above"][row, tile], out["inside"][row, tile] = found
+
+    pl.when(tile == 0)(note)
+    pl.when(r["facts"][row, 2] < jnp.inf)(count)
 
 
-def _count_kernel(place: Place, given: Any, sums: Any, cuts: Any, *out: Any) -> None:
-    """Weights above the cut and how many tokens are at it, of each chunk."""
+def _list_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> None:
+    """Put the tokens that are left into the row's list."""
     from jax.experimental import pallas as pl
 
-    above, equal, final = out
-    row, chunk = place.row, place.chunk
-    cut = _cut(place, given, 0, sums, cuts)
+    low, high = r["cell"][row, 0], r["cell"][row, 1]
 
-    def add(i: Any, carry: tuple) -> tuple:
-        _, here, _, order, weight = _tokens(place, given, i)
-        better, same = order > cut ^ TOP, here & (order == cut ^ TOP)
-        return carry[0] + jnp.sum(jnp.where(better, weight, 0.0)), carry[1] + jnp.sum(jnp.where(same, 1, 0))
+    def put() -> None:
+        count, before, everything = counts(interpret, r, row, tile)
 
-    above[row, chunk], equal[row, chunk] = lax.fori_loop(0, place.size // STEP, add, (jnp.float32(0), jnp.int32(0)))
+        def write(first: Any, before: Any) -> Any:
+            ids = first + jnp.arange(part_size(interpret), dtype=jnp.int32)
+            x = tokens(interpret, r, row, ids, low)
+            mine = (x >= low) & (x > -jnp.inf) & ((x < high) | everything)
+            place = before + jnp.cumsum(jnp.where(mine, 1, 0)) - 1
+            store(out["left"], row, place, x, mine)
+            store(out["ids"], row, place, ids, mine)
+            return before + jnp.sum(jnp.where(mine, 1, 0))
 
-    def note() -> None:
-        final[row] = cut
+        for first, some in parts(interpret, r, row, tile, low):
+            before = lax.cond(some & (count <= LIST), functools.partial(write, first), lambda before: before, before)
 
-    pl.when(chunk == 0)(note)
-
-
-def _keep_kernel(place: Place, given: Any, above: Any, equal: Any, cuts: Any, out: Any) -> None:
-    from jax.experimental.pallas import triton as plgpu
-
-    row, chunk, chunks = place.row, place.chunk, above.shape[1]
-    lane = jnp.arange(CHUNKS, dtype=jnp.int32)
-    at = jnp.full(lane.shape, row, jnp.int32), lane
-    weight_above = jnp.sum(plgpu.load(above.at[at], mask=lane < chunks, other=0.0))
-    earlier = jnp.sum(plgpu.load(equal.at[at], mask=lane < lax.min(chunk, chunks), other=0))
-    cut, total = cuts[row] ^ TOP, given[1][row]
-
-    def keep(i: Any, earlier: jax.Array) -> jax.Array:
-        at, here, x, order, weight = _tokens(place, given, i)
-        same = here & (order == cut)
-        counted = jnp.where(same, 1, 0)
-        rank = earlier + jnp.cumsum(counted) - 1
-        kept = (order > cut) | (same & (weight_above + rank.astype(jnp.float32) * weight < total))
-        plgpu.store(out.at[jnp.full(at.shape, row, jnp.int32), at], jnp.where(kept, x, -jnp.inf), mask=here)
-        return earlier + jnp.sum(counted)
-
-    lax.fori_loop(0, place.size // STEP, keep, earlier)
+    pl.when(r["facts"][row, 2] < jnp.inf)(put)

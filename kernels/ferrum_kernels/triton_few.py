@@ -20,7 +20,7 @@ from jax import lax
 from ferrum_kernels.tiles import PLANE, TiledLinear
 from ferrum_kernels.triton_decode import multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
-from ferrum_kernels.triton_route import power
+from ferrum_kernels.triton_route import find_best, load_logits, power
 
 MOST_LANES = 128  # experts whose ranks a program finds by comparing all pairs
 
@@ -107,7 +107,7 @@ def gated(
       cut: how to cut, of F columns.
       top_k: pairs of a token.
       live: int32 [T, top_k]; outside [0, E) nobody's.
-      logits: float [T, E], at most MOST_LANES experts.
+      logits: float [T, E], or parts [parts, T, E] to be added up; at most MOST_LANES experts.
       mask: bool [T], False for tokens that go nowhere; None: none.
       norm: rescale a token's weights to sum to one.
       interpret: run without a GPU.
@@ -119,7 +119,7 @@ def gated(
     from jax.experimental.pallas import triton as plgpu
 
     routes = logits is not None
-    tokens = (logits if routes else live).shape[0]
+    tokens = logits.shape[-2] if routes else live.shape[0]
     pairs = tokens * top_k
     s = _statics(
         w,
@@ -160,12 +160,13 @@ def _gated_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
 
     r = dict(zip(names, refs, strict=False))
     out, *routing = refs[len(names) :]
+    layer = _layer(s, r)
     pair, tile = pl.program_id(0), pl.program_id(1)
     first = pl.multiple_of(tile * s.cut.n, s.cut.n)
     if routing:
         token = pair // s.top_k
-        expert, weight = _choose(r["logits"], token, pair % s.top_k, s.num_experts, s.top_k, s.norm)
         seen = r["mask"][token] != 0 if "mask" in r else True
+        expert, weight = _choose(s, r["logits"], token, pair % s.top_k)
         taken = jnp.where(seen, expert, s.num_experts)
 
         def note() -> None:
@@ -180,7 +181,7 @@ def _gated_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     def compute() -> None:
         rows = s.segments * s.cut.n
         experts = jnp.broadcast_to(expert, (rows,))
-        gate, up = _sums(s, r, experts, None, first, [0, s.columns], lambda _: pair // s.per_row)
+        gate, up = _sums(s, r, layer, experts, None, first, [0, s.columns], lambda _: pair // s.per_row)
         gate, up = (_added(s, total, None) for total in (gate, up))
         y = gate * (1.0 / (1.0 + jnp.exp(-gate))) * up
         plgpu.store(out.at[pair, pl.ds(first, s.cut.n)], y.astype(out.dtype))
@@ -188,25 +189,19 @@ def _gated_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     pl.when((expert >= 0) & (expert < s.num_experts))(compute)
 
 
-def _choose(logits: Any, token: Any, slot: Any, experts: int, top_k: int, norm: bool) -> tuple[Any, Any]:
+def _choose(s: _Statics, logits: Any, token: Any, slot: Any) -> tuple[Any, Any]:
     """The expert of rank `slot` and its weight, as `triton_route.route` chooses them."""
-    from jax.experimental.pallas import triton as plgpu
-
-    lane = jnp.arange(max(16, power(experts)), dtype=jnp.int32)
-    real = lane < experts
-    x = plgpu.load(logits.at[jnp.full(lane.shape, token, jnp.int32), lane], mask=real, other=0).astype(jnp.float32)
-    x = jnp.where(real, x, -jnp.inf)
-    e = jnp.exp(x - jnp.max(x))
-    total = jnp.sum(e)
-    probs = e / total
-    bad = total != total  # NaN, or inf - inf: every weight is NaN and the first experts are chosen
-    key = jnp.where(real, jnp.where(bad, 0.0, probs), -2.0)
-    ahead = (key[:, None] > key[None, :]) | ((key[:, None] == key[None, :]) & (lane[:, None] < lane[None, :]))
-    rank = jnp.sum(jnp.where(ahead, 1, 0), axis=0)  # along columns: a thread adds up its own registers
-    weight = jnp.sum(jnp.where(rank == slot, probs, 0.0))
-    if norm:
-        weight = weight / jnp.sum(jnp.where(rank < top_k, key, 0.0))
-    return jnp.sum(jnp.where(rank == slot, lane, 0)), jnp.where(bad, jnp.nan, weight)
+    # Each warp has all of the token's experts in a row of its own, so that none waits for another.
+    first = jnp.arange(s.cut.warps, dtype=jnp.int32) == 0
+    lane = jnp.arange(max(16, power(s.num_experts)), dtype=jnp.int32)
+    lane = jnp.broadcast_to(lane[None, :], (s.cut.warps, lane.shape[0]))
+    real = lane < s.num_experts
+    x = load_logits(logits, jnp.full(lane.shape, token, jnp.int32), lane, real)
+    best, kept, _ = find_best(jnp.where(real, x, -jnp.inf), s.num_experts, s.top_k)
+    expert, weight = (sum(jnp.where(slot == k, value, 0) for k, value in enumerate(one)) for one in (best, kept))
+    if s.norm:
+        weight = weight / functools.reduce(jnp.add, kept)
+    return jnp.sum(jnp.where(first, expert, 0)), jnp.sum(jnp.where(first, weight, 0.0))
 
 
 def down(
@@ -265,6 +260,7 @@ def _down_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     from jax.experimental.pallas import triton as plgpu
 
     r, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
+    layer = _layer(s, r)
     token = pl.program_id(0)
     first = pl.multiple_of(pl.program_id(1) * s.cut.n, s.cut.n)
 
@@ -279,11 +275,17 @@ def _down_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
         return pair, jnp.where(real, expert, 0), real
 
     segment = jnp.arange(s.segments * s.cut.n, dtype=jnp.int32) // s.cut.n
-    pair, experts, real = alive(segment)
-    [total] = _sums(s, r, experts, real, first, [0], alive)
-    weight = plgpu.load(r["weights"].at[pair], mask=real, other=0.0)
+    pair, valid = member(segment)
+    weight = plgpu.load(r["weights"].at[pair], mask=valid, other=0.0)
+    _, experts, real = alive(segment)
+    [total] = _sums(s, r, layer, experts, real, first, [0], alive)
     y = _added(s, total, jnp.where(real, weight, 0.0))
     plgpu.store(out.at[token, pl.ds(first, s.cut.n)], y.astype(out.dtype))
+
+
+def _layer(s: _Statics, r: dict[str, Any]) -> tuple[Any, ...]:
+    """The index of the layer, if there is one; read first, as all reading of weights waits for it."""
+    return (r["layer"][0],) if s.layered else ()
 
 
 def _added(s: _Statics, total: jax.Array, weight: jax.Array | None) -> jax.Array:
@@ -297,13 +299,21 @@ def _added(s: _Statics, total: jax.Array, weight: jax.Array | None) -> jax.Array
 
 
 def _sums(
-    s: _Statics, r: dict[str, Any], experts: jax.Array, real: Any, first: Any, starts: list[int], source: Any
+    s: _Statics,
+    r: dict[str, Any],
+    layer: tuple[Any, ...],
+    experts: jax.Array,
+    real: Any,
+    first: Any,
+    starts: list[int],
+    source: Any,
 ) -> list[jax.Array]:
     """float32 [segments * n, width] for each start: rows are outputs of a segment, columns are segments.
 
     Args:
       s: static sizes.
       r: refs by name.
+      layer: of `_layer`.
       experts: int32 [segments * n], a valid expert for each row.
       real: bool [segments * n], rows that count; None: all.
       first: the program's first column.
@@ -327,7 +337,7 @@ def _sums(
     from_row = jnp.where(filled, from_row, 0)
     input0 = column % cut.splits * each * run
 
-    lead = (jnp.broadcast_to(r["layer"][0], (rows,)),) if s.layered else ()
+    lead = tuple(jnp.broadcast_to(index, (rows,)) for index in layer)
 
     def words(b: Any, start: int) -> jax.Array:
         lane = jnp.arange(PLANE, dtype=jnp.int32)[None, :]

@@ -18,7 +18,8 @@ from jax import lax
 from ferrum_kernels.triton_route import power
 
 FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
-COLUMNS = 4  # experts of a program of that kernel
+COLUMNS, FEW_WARPS = 4, 16  # experts and warps of a program of that kernel
+PARTS_UP_TO = 256  # tokens whose logits come in parts: their programs would be few, with a long sum each
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -59,10 +60,16 @@ def add_norm(
         functools.partial(_norm_kernel, d, eps, interpret),
         out_shape=(out, out),
         grid=(tokens,),
-        compiler_params=plgpu.CompilerParams(num_warps=8 if d > 1024 else 4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(d, y), num_stages=1),
         interpret=interpret,
         name="add_norm",
     )(x, y, stack, index)
+
+
+def _warps(d: int, y: jax.Array) -> int:
+    """Warps of a program: with many parts so many that a thread has few numbers, whose loads then are all under way."""
+    parts = y.shape[0] if y.ndim == 3 else 1
+    return max(8 if d > 1024 else 4, min(32, power(d) * power(parts) // 512))
 
 
 def _norm_kernel(
@@ -72,9 +79,9 @@ def _norm_kernel(
 
     row = pl.program_id(0)
     lane, here = _some(0, power(d), d, interpret)
+    w = _load(weight, (layer[0], lane), here)  # first, as a load is not moved across the sum's barriers
     summed = _sum(x, y, row, lane, here)
     scale = lax.rsqrt(jnp.sum(summed * summed) / d + eps)
-    w = _load(weight, (layer[0], lane), here)
     _store(total, (row, lane), summed, here)
     _store(normed, (row, lane), summed * scale * w, here)
 
@@ -89,7 +96,8 @@ def add_norm_route(
       router: of x's dtype [E, D], or [L, E, D] with `layer`.
 
     Returns:
-      (sum [T, D], norm [T, D], logits float32 [T, E]). Products of two 16-bit floats are exact in the float32 sum.
+      (sum [T, D], norm [T, D], logits float32 [T, E] or, where `logit_parts` is more than 1, [parts, T, E] to be added
+      up). Products of two 16-bit floats are exact in the float32 sum.
     """
     if x.shape[0] > FEW:
         total, norm = add_norm(x, y, weight, layer, eps, interpret)
@@ -106,7 +114,7 @@ def add_norm_route(
         functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
         out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32)),
         grid=(-(-experts // COLUMNS),),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=FEW_WARPS, num_stages=1),
         interpret=interpret,
         name="add_norm_route",
     )(x, y, weights, routers, index)
@@ -136,6 +144,16 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
         pl.when(first == 0)(keep)
 
 
+def logit_parts(tokens: int) -> int:
+    """In how many parts the logits of some tokens come."""
+    return 1 if tokens <= FEW else _router_cut(tokens)[3]
+
+
+def _router_cut(tokens: int) -> tuple[int, int, int, int]:
+    """Tokens, experts and segments of the inputs of a program, and parts of the inputs, each a program's."""
+    return (16, 16, 2, 8) if tokens <= PARTS_UP_TO else (64, 64, 1, 1)
+
+
 def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.Array:
     """float32 x [T, D] @ router.T on the matrix units; not XLA's product, which would make the router float32 first."""
     from jax.experimental import pallas as pl
@@ -144,15 +162,16 @@ def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.
     tokens, experts = x.shape[0], router.shape[-2]
     routers, index = _stack(router, layer, 2)
     # Few programs wait for memory: each reads several segments of the inputs at a time.
-    rows, columns, segments = (16, 16, 4) if tokens <= 256 else (64, 64, 1)
-    return pl.pallas_call(
+    rows, columns, segments, parts = _router_cut(tokens)
+    logits = pl.pallas_call(
         functools.partial(_route_kernel, rows, columns, segments, interpret),
-        out_shape=jax.ShapeDtypeStruct((tokens, experts), jnp.float32),
-        grid=(-(-experts // columns), -(-tokens // rows)),
+        out_shape=jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32),
+        grid=(-(-experts // columns), -(-tokens // rows), parts),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if segments > 1 else 4),
         interpret=interpret,
         name="router",
     )(x, routers, index)
+    return logits[0] if parts == 1 else logits
 
 
 def _route_kernel(
@@ -161,22 +180,23 @@ def _route_kernel(
     """Rows of all segments times columns of all segments, in one product; those of one segment count."""
     from jax.experimental import pallas as pl
 
-    (tokens, d), experts = x.shape, router.shape[-2]
-    each = -(-d // segments)
+    (tokens, d), experts, parts = x.shape, router.shape[-2], logits.shape[0]
+    each, part = -(-d // (segments * parts)), pl.program_id(2)
     line, place = jnp.arange(segments * rows, dtype=jnp.int32), jnp.arange(columns * segments, dtype=jnp.int32)
     row, column = pl.program_id(1) * rows + line % rows, pl.program_id(0) * columns + place // segments
     size = min(128, max(16, power(each)))
-    dtype = jnp.float32 if interpret else None
+    dtype, index = jnp.float32 if interpret else None, layer[0]
 
-    def read(ref: Any, lead: tuple, index: jax.Array, limit: int, segment: jax.Array, lane: jax.Array) -> jax.Array:
-        at = jnp.broadcast_arrays(index[:, None], segment[:, None] * each + lane[None, :])
+    def read(ref: Any, lead: tuple, line: jax.Array, limit: int, segment: jax.Array, lane: jax.Array) -> jax.Array:
+        start = (part * segments + segment) * each
+        at = jnp.broadcast_arrays(line[:, None], start[:, None] + lane[None, :])
         seen = (at[0] < limit) & (lane < each)[None, :] & (at[1] < d)
         return _load(ref, (*lead, *at), seen, dtype)
 
     def multiply(i: Any, sums: jax.Array) -> jax.Array:
         lane = i * size + jnp.arange(size, dtype=jnp.int32)
         stream = read(x, (), row, tokens, line // rows, lane)
-        matrix = read(router, (layer[0],), column, experts, place % segments, lane)
+        matrix = read(router, (index,), column, experts, place % segments, lane)
         return sums + lax.dot_general(stream, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     sums = lax.fori_loop(0, -(-each // size), multiply, jnp.zeros((line.shape[0], place.shape[0]), jnp.float32))
@@ -186,7 +206,7 @@ def _route_kernel(
     token, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
     expert, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
     at = tuple(jnp.broadcast_arrays(token[:, None], expert[None, :]))
-    _store(logits, at, sums, seen[:, None] & real[None, :])
+    _store(logits, (part, *at), sums, seen[:, None] & real[None, :])
 
 
 def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ pair finds its place without a sort. Places are sorted by expert and, within one
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -40,13 +41,23 @@ def chunks(tokens: int) -> int:
     return -(-tokens // chunk(tokens))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    experts: int
+    lanes: int
+    top_k: int
+    norm: bool
+    rows: int  # tokens of a program
+    masked: bool
+
+
 def route(
     logits: jax.Array, mask: jax.Array | None, top_k: int, norm: bool, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Softmax, the best K, and how many pairs of a chunk each expert has.
 
     Args:
-      logits: float [T, E].
+      logits: float [T, E], or parts [parts, T, E] to be added up.
       mask: bool [T], False for tokens that go nowhere; None: none.
       top_k: K.
       norm: rescale the K weights to sum to one.
@@ -59,68 +70,109 @@ def route(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    tokens, experts = logits.shape
-    lanes = max(16, power(experts))
+    tokens, experts = logits.shape[-2:]
+    s = _Statics(experts, max(16, power(experts)), top_k, norm, chunk(tokens), mask is not None)
     pair = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
     given = (logits,) if mask is None else (logits, mask.astype(jnp.int32))
-    rows = chunk(tokens)
     return pl.pallas_call(
-        functools.partial(_route_kernel, experts, lanes, top_k, norm, rows, mask is not None),
+        functools.partial(_route_kernel, s),
         out_shape=(
             pair,
             jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
             pair,
-            jax.ShapeDtypeStruct((chunks(tokens), lanes), jnp.int32),
+            jax.ShapeDtypeStruct((chunks(tokens), s.lanes), jnp.int32),
         ),
         grid=(chunks(tokens),),
-        compiler_params=plgpu.CompilerParams(num_warps=8 if rows > 8 else 4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if s.rows > 8 else 4, num_stages=1),
         interpret=interpret,
         name="route",
     )(*given)
 
 
-def _route_kernel(experts: int, lanes: int, top_k: int, norm: bool, rows: int, masked: bool, *refs: Any) -> None:
+def _route_kernel(s: _Statics, *refs: Any) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
     logits, chosen, weights, live, counts = refs[0], *refs[-4:]
-    tokens = logits.shape[0]
-    token = pl.program_id(0) * rows + jnp.arange(rows, dtype=jnp.int32)
-    lane = jnp.arange(lanes, dtype=jnp.int32)
-    at = jnp.broadcast_arrays(token[:, None], lane[None, :])
+    tokens = chosen.shape[0]
+    token = pl.program_id(0) * s.rows + jnp.arange(s.rows, dtype=jnp.int32)
+    lane = jnp.arange(s.lanes, dtype=jnp.int32)[None, :]
     here = token < tokens
-    real = here[:, None] & (lane < experts)[None, :]
-    x = plgpu.load(logits.at[at[0], at[1]], mask=real, other=0).astype(jnp.float32)
-    x = jnp.where(real, x, -jnp.inf)
-    x = jnp.where(here[:, None], x, 0.0)
+    real = here[:, None] & (lane < s.experts)
+    x = load_logits(logits, *jnp.broadcast_arrays(token[:, None], lane), real)
+    seen = here
+    if s.masked:
+        seen = here & (plgpu.load(refs[1].at[token], mask=here, other=0) != 0)
+    x = jnp.where(here[:, None], jnp.where(real, x, -jnp.inf), 0.0)
+    best, kept, left = find_best(x, s.experts, s.top_k)
+    if s.norm:
+        total = functools.reduce(jnp.add, kept)
+        kept = [weight / total for weight in kept]
+    experts = _columns(best)
+    slot = jnp.arange(experts.shape[1], dtype=jnp.int32)[None, :]
+    # Rows that are not there point past the end, where the interpreter drops what is written.
+    at = tuple(jnp.broadcast_arrays(jnp.where(here, token, tokens)[:, None], slot))
+    real = here[:, None] & (slot < s.top_k)
+    plgpu.store(chosen.at[at], experts, mask=real)
+    plgpu.store(weights.at[at], _columns(kept), mask=real)
+    plgpu.store(live.at[at], jnp.where(seen[:, None], experts, s.experts), mask=real)
+    counts[pl.program_id(0), :] = jnp.sum(jnp.where((left == -1) & seen[:, None], 1, 0), axis=0)
+
+
+def _columns(values: list[jax.Array]) -> jax.Array:
+    """[rows, slots], a power of two of them, of an array [rows] per slot."""
+    slot = jnp.arange(power(len(values)), dtype=jnp.int32)[None, :]
+    none = jnp.zeros((values[0].shape[0], slot.shape[1]), values[0].dtype)
+    return functools.reduce(lambda out, k: jnp.where(slot == k, values[k][:, None], out), range(len(values)), none)
+
+
+def find_best(x: jax.Array, experts: int, top_k: int) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+    """The best experts of some tokens.
+
+    Args:
+      x: float32 logits [rows, lanes], -inf beyond the experts.
+      experts: E.
+      top_k: K.
+
+    Returns:
+      For each of the K best first, ties to the smaller index, int32 [rows] the expert and float32 [rows] its
+      probability, NaN where a logit is NaN or +inf; int32 [rows, lanes], -1 where an expert was chosen.
+    """
+    lanes = x.shape[1]
+    lane = jnp.arange(lanes, dtype=jnp.int32)[None, :]
     e = jnp.exp(x - jnp.max(x, axis=1)[:, None])
     total = jnp.sum(e, axis=1)
-    probs = e / total[:, None]
     bad = total != total  # NaN, or inf - inf: every weight is NaN and the first experts are chosen
-    left = jnp.where(lane[None, :] < experts, jnp.where(bad[:, None], 0.0, probs), -2.0)
-    seen = here
-    if masked:
-        seen = here & (plgpu.load(refs[1].at[token], mask=here, other=0) != 0)
-    count = jnp.zeros((rows, lanes), jnp.int32)
-    kept, norms = [], jnp.zeros((rows,), jnp.float32)
-    # Rows that are not there point past the end, where the interpreter drops what is written.
-    row = jnp.where(here, token, tokens)
-    for k in range(top_k):
-        expert = jnp.argmax(left, axis=1).astype(jnp.int32)  # the first of equals
-        hit = lane[None, :] == expert[:, None]
-        # The weight is read apart, so that the next expert does not wait for it.
-        weight = jnp.where(bad, jnp.nan, jnp.sum(jnp.where(hit, probs, 0.0), axis=1))
-        left = jnp.where(hit, -1.0, left)
-        count = count + jnp.where(hit & seen[:, None], 1, 0)
-        kept.append(weight)
-        norms = norms + weight
-        column = jnp.full((rows,), k, jnp.int32)
-        plgpu.store(chosen.at[row, column], expert, mask=here)
-        plgpu.store(live.at[row, column], jnp.where(seen, expert, experts), mask=here)
-    for k, weight in enumerate(kept):
-        column = jnp.full((rows,), k, jnp.int32)
-        plgpu.store(weights.at[row, column], weight / norms if norm else weight, mask=here)
-    counts[pl.program_id(0), :] = jnp.sum(count, axis=0)
+    # Probabilities have no sign, so integers of the same bits are in the same order: one instruction finds the largest.
+    left = lax.bitcast_convert_type(jnp.where(bad[:, None], 0.0, e / total[:, None]), jnp.int32)
+    left = jnp.where(lane < experts, left, -2)
+    best, kept = [], []
+    for _ in range(top_k):
+        most = jnp.max(left, axis=1)
+        expert = jnp.min(jnp.where(left == most[:, None], lane, lanes), axis=1)  # the first of equals
+        left = jnp.where(lane == expert[:, None], -1, left)
+        best.append(expert)
+        kept.append(jnp.where(bad, jnp.nan, lax.bitcast_convert_type(most, jnp.float32)))
+    return best, kept, left
+
+
+def load_logits(logits: Any, token: jax.Array, expert: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 logits of a ref [T, E], or sums of its parts [parts, T, E], added up in order."""
+    from jax.experimental.pallas import triton as plgpu
+
+    def load(*lead: jax.Array) -> jax.Array:
+        return plgpu.load(logits.at[(*lead, token, expert)], mask=mask, other=0).astype(jnp.float32)
+
+    if len(logits.shape) == 2:
+        return load()
+    return functools.reduce(jnp.add, [load(jnp.full_like(token, part)) for part in range(logits.shape[0])])
+
+
+def _columns(values: list[jax.Array]) -> jax.Array:
+    """[rows, slots], a power of two of them, of an array [rows] per slot."""
+    slot = jnp.arange(power(len(values)), dtype=jnp.int32)[None, :]
+    none = jnp.zeros((values[0].shape[0], slot.shape[1]), values[0].dtype)
+    return functools.reduce(lambda out, k: jnp.where(slot == k, values[k][:, None], out), range(len(values)), none)
 
 
 def count(live: jax.Array, experts: int) -> jax.Array:
@@ -135,15 +187,18 @@ def count(live: jax.Array, experts: int) -> jax.Array:
 
 
 def place(
-    live: jax.Array, counts: jax.Array, experts: int, block: int, blocks: int, interpret: bool
+    live: jax.Array, counts: jax.Array, experts: int, sizes: tuple[int, ...], blocks: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sort pairs by expert and cut each expert's into blocks.
+
+    Blocks come by size class, the largest first, so that programs that take one after the other end at about the same
+    time; within a class they come by expert.
 
     Args:
       live: int32 [T, K], the expert of each pair; outside [0, E) nobody's.
       counts: of `route`.
       experts: E.
-      block: most rows of a block.
+      sizes: most rows of a block of each class, ascending; all of an expert's blocks but its last have the last's.
       blocks: how many blocks to describe; those that are not needed have expert E and no rows.
       interpret: run without a GPU.
 
@@ -158,9 +213,9 @@ def place(
     parts = chunks(tokens)
     table = jax.ShapeDtypeStruct((blocks,), jnp.int32)
     return pl.pallas_call(
-        functools.partial(_place_kernel, experts, chunk(tokens) * top_k, block, blocks, parts),
+        functools.partial(_place_kernel, experts, chunk(tokens) * top_k, sizes, blocks, parts),
         out_shape=(jax.ShapeDtypeStruct((tokens * top_k,), jnp.int32), table, table, table),
-        grid=(parts + -(-blocks // SUB),),  # chunks of pairs, then pieces of the tables of blocks
+        grid=(parts,),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="place",
@@ -168,15 +223,23 @@ def place(
 
 
 def _place_kernel(
-    experts: int, mine: int, block: int, blocks: int, parts: int, live: Any, counts: Any, *out: Any
+    experts: int, mine: int, sizes: tuple[int, ...], blocks: int, parts: int, live: Any, counts: Any, *out: Any
 ) -> None:
+    """Places of a chunk's pairs, and the blocks that begin with one of them; no sum over experts waits for another."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    order, block_expert, block_start, block_count = out
+    order, *tables = out
     me, lanes, pairs = pl.program_id(0), counts.shape[1], live.shape[0]
     lane = jnp.arange(lanes, dtype=jnp.int32)
-    step = min(32, power(parts))
+    step, size = min(32, power(parts)), min(SUB, power(mine))
+    inside = jnp.arange(size, dtype=jnp.int32)
+
+    def load(i: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        pair = me * mine + i * size + inside
+        here = (i * size + inside < mine) & (pair < pairs)
+        expert = plgpu.load(live.at[pair], mask=here, other=-1)
+        return pair, expert, (expert >= 0) & (expert < experts)
 
     def add(i: Any, sums: Any) -> Any:
         chunk = i * step + jnp.arange(step, dtype=jnp.int32)
@@ -184,44 +247,53 @@ def _place_kernel(
         n = plgpu.load(counts.at[at[0], at[1]], mask=at[0] < parts, other=0)
         return sums[0] + jnp.sum(n, axis=0), sums[1] + jnp.sum(jnp.where(at[0] < me, n, 0), axis=0)
 
+    first = load(0)
     none = jnp.zeros((lanes,), jnp.int32)
-    total, before = lax.fori_loop(0, -(-parts // step), add, (none, none))
-    first = jnp.cumsum(total) - total
+    total, before = lax.fori_loop(0, -(-parts // step), add, (none, none)) if parts > step else add(0, (none, none))
+    block = sizes[-1]
+    full = lax.div(total, jnp.full_like(total, block))
+    left = total - full * block
+    needed = full + jnp.where(left > 0, 1, 0)
+    classes, ahead = [], 0  # rows above and up to which, blocks that each expert has, and all blocks of larger classes
+    for low, high in zip((*sizes[-2::-1], 0), reversed(sizes), strict=True):
+        have = (full if high == block else 0) + jnp.where((left > low) & (left <= high), 1, 0)
+        classes.append((low, high, have, ahead))
+        ahead = ahead + jnp.sum(have)
 
-    size = min(SUB, power(mine))
+    def write(loaded: tuple[jax.Array, jax.Array, jax.Array], before: jax.Array) -> None:
+        pair, expert, real = loaded
+        own, less = expert[:, None] == lane[None, :], lane[None, :] < expert[:, None]
 
-    # Each pair's place: its expert's first, the pairs of earlier chunks and steps, and those before it in this step.
-    def pairs_of(i: Any, base: jax.Array) -> jax.Array:
-        offset = i * size + jnp.arange(size, dtype=jnp.int32)
-        pair = me * mine + offset
-        here = (offset < mine) & (pair < pairs)
-        expert = plgpu.load(live.at[pair], mask=here, other=-1)
-        hit = (expert[:, None] == lane[None, :]) & (lane < experts)[None, :]
-        real = here & (expert >= 0) & (expert < experts)
-        hit = hit & real[:, None]
-        rank = jnp.cumsum(jnp.where(hit, 1, 0), axis=0)
-        to = jnp.sum(jnp.where(hit, base[None, :] + rank - 1, 0), axis=1)
+        def of(hit: jax.Array, values: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(hit, values[None, :], 0), axis=1)
+
+        earlier = (expert[:, None] == expert[None, :]) & (inside[None, :] < inside[:, None])
+        rank = of(own, before) + jnp.sum(jnp.where(earlier, 1, 0), axis=1)
+        to = of(less, total) + rank
         plgpu.store(order.at[jnp.where(real, to, pairs)], pair, mask=real)
-        return base + jnp.sum(jnp.where(hit, 1, 0), axis=0)
+        begins = real & (lax.rem(rank, jnp.full_like(rank, block)) == 0)
+        rows, at = jnp.minimum(of(own, total) - rank, block), jnp.full_like(rank, blocks)
+        for low, high, have, larger in classes:
+            own_before = lax.div(rank, jnp.full_like(rank, block)) if high == block else 0
+            at = jnp.where(begins & (rows > low) & (rows <= high), larger + of(less, have) + own_before, at)
+        values = expert, to, rows
+        for table, value in zip(tables, values, strict=True):
+            plgpu.store(table.at[at], value, mask=begins)
 
-    needed = (total + (block - 1)) // block
-    ends = jnp.cumsum(needed)
+    def turn(i: Any, before: jax.Array) -> jax.Array:
+        loaded = load(i)
+        write(loaded, before)
+        return before + jnp.sum(jnp.where((loaded[1][:, None] == lane[None, :]) & loaded[2][:, None], 1, 0), axis=0)
 
-    def piece_of_blocks() -> None:
-        b = (me - parts) * SUB + jnp.arange(SUB, dtype=jnp.int32)
-        inside = b[:, None] - (ends - needed)[None, :]
-        hit = (inside >= 0) & (b[:, None] < ends[None, :])
-        at = jnp.where(b < blocks, b, blocks)
-        found = jnp.sum(jnp.where(hit, 1, 0), axis=1)
-        expert = jnp.sum(jnp.where(hit, lane[None, :], 0), axis=1)
-        plgpu.store(block_expert.at[at], jnp.where(found > 0, expert, experts), mask=b < blocks)
-        start = jnp.sum(jnp.where(hit, first[None, :] + inside * block, 0), axis=1)
-        plgpu.store(block_start.at[at], start, mask=b < blocks)
-        rows = jnp.sum(jnp.where(hit, jnp.minimum(total[None, :] - inside * block, block), 0), axis=1)
-        plgpu.store(block_count.at[at], rows, mask=b < blocks)
+    if mine <= size:
+        write(first, before)
+    else:
+        lax.fori_loop(0, -(-mine // size), turn, before)
 
-    def piece_of_pairs() -> None:
-        lax.fori_loop(0, -(-mine // size), pairs_of, first + before)
-
-    pl.when(me < parts)(piece_of_pairs)
-    pl.when(me >= parts)(piece_of_blocks)
+    # Blocks that nobody needs, of which each program writes some.
+    share = -(-blocks // parts)
+    b = jnp.arange(power(share), dtype=jnp.int32)
+    unused = (b < share) & (me * share + b < blocks) & (me * share + b >= jnp.sum(needed))
+    at = jnp.where(unused, me * share + b, blocks)
+    for table, value in zip(tables, (experts, 0, 0), strict=True):
+        plgpu.store(table.at[at], jnp.full_like(at, value), mask=unused)

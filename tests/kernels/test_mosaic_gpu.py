@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ferrum_kernels import mosaic, tile, triton
+from ferrum_kernels import gptq_matmul, mosaic, tile, triton
 from ferrum_kernels.mosaic_matmul import Ring
 from tests.support.gptq_cases import make_stack
 from tests.support.triton_cases import expert_layer, ignore_deprecation, relative
@@ -73,6 +73,47 @@ def check_layer(tokens, load, ring, width, features):
     assert relative(np.asarray(y)[some], expected) < THREE_ROUNDINGS
     assert np.isfinite(np.asarray(y, np.float32)).all()
     assert (run(x, logits, mask, stacks, ring)[2] == y).all()
+
+
+@pytest.mark.parametrize("tokens", [7, 77, 600])
+def test_the_smallest_layer_has_fewer_groups_than_a_ring_has_under_way(tokens):
+    width, features = 256, 128
+    stacks, dense_up, dense_down = layer(width, features)
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
+    logits = jnp.asarray(rng.standard_normal((tokens, E)))
+    for shape in ((tokens * K + E * FEW.block, features), (tokens * K, width)):
+        jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.bfloat16)).delete()
+    live, weights, y = run(x, logits, None, stacks, FEW)
+    expected = expert_layer(*map(np.asarray, (x, live, weights)), dense_up, dense_down)
+    assert relative(y, expected) < THREE_ROUNDINGS
+    assert (run(x, logits, None, stacks, FEW)[2] == y).all()
+
+
+def test_vmap_over_layers_of_tokens():
+    stacks, dense_up, dense_down = layer()
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.standard_normal((3, 77, WIDTH)), jnp.bfloat16)
+    logits = jnp.asarray(rng.standard_normal((3, 77, E)))
+    live, weights, y = jax.vmap(lambda x, logits: run(x, logits, None, stacks, SMALL))(x, logits)
+    for i in range(3):
+        picked = np.asarray(x)[i, :40], np.asarray(live)[i, :40], np.asarray(weights)[i, :40]
+        assert relative(y[i, :40], expert_layer(*picked, dense_up, dense_down)) < THREE_ROUNDINGS
+        assert (run(x[i], logits[i], None, stacks, SMALL)[2] == y[i]).all()
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["rows", "weights", "both"])
+def test_vmap_over_products_with_one_matrix(axes):
+    (_, down), _, dense = layer()
+    dense, count = dense[:3], 3
+    w = jax.tree.map(lambda a: a[1, :count] if axes[1] == 0 else a[1, 0], down)
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.standard_normal((*((count,) if axes[0] == 0 else ()), 600, FEATURES)), jnp.bfloat16)
+    multiply = functools.partial(gptq_matmul, implementation="mosaic")
+    y = jax.jit(jax.vmap(multiply, axes))(x, w)
+    expected = np.asarray(x, np.float64) @ (dense if axes[1] == 0 else dense[0])
+    assert y.shape == (count, 600, WIDTH)
+    assert relative(y, expected) < ONE_ROUNDING
 
 
 @pytest.mark.parametrize("ring", mosaic.MATRIX_RINGS)

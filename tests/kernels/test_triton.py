@@ -34,7 +34,7 @@ from ferrum_kernels.triton_route import chunks, place
 from ferrum_kernels.triton_rows import cut_for
 from ferrum_kernels.triton_tiles import few_cuts
 from tests.support.gptq_cases import make_linear, make_stack
-from tests.support.triton_cases import expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
+from tests.support.triton_cases import check_places, expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
 
 pytestmark = [
     ignore_deprecation,
@@ -266,23 +266,29 @@ def test_routing_settles_ties_and_shows_what_is_not_finite():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "block"), [(1, 1, 1, 8), (7, 20, 3, 1), (150, 7, 2, 8), (200, 5, 1, 64)]
+    ("tokens", "experts", "top_k", "sizes"),
+    [
+        (1, 1, 1, (8,)),
+        (7, 20, 3, (1,)),
+        (150, 7, 2, (8,)),
+        (200, 5, 1, (64,)),
+        (150, 40, 2, (2, 4, 8)),
+        (9, 3, 2, (2, 8)),
+    ],
 )
-def test_places_are_a_stable_sort_cut_into_blocks(tokens, experts, top_k, block):
+def test_places_are_a_stable_sort_cut_into_blocks_of_which_the_largest_come_first(tokens, experts, top_k, sizes):
     live = np.random.default_rng(tokens).integers(0, experts + 1, (tokens, top_k)).astype(np.int32)
     counts = triton.count(jnp.asarray(live), experts)
     assert counts.shape[0] == chunks(tokens)
-    blocks = max_blocks(tokens * top_k, experts, block)
-    order, expert, start, size = map(np.asarray, place(jnp.asarray(live), counts, experts, block, blocks, True))
-    flat = live.reshape(-1)
-    real = int((flat < experts).sum())
-    np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
-    sizes = np.bincount(flat, minlength=experts + 1)[:experts]
-    needed = -(-sizes // block)
-    np.testing.assert_array_equal(expert, np.append(np.repeat(np.arange(experts), needed), [experts] * blocks)[:blocks])
-    covered = np.concatenate([np.arange(s, s + n) for s, n in zip(start, size, strict=True)])
-    np.testing.assert_array_equal(covered, np.arange(real))
-    assert size.max(initial=0) <= block
+    blocks = max_blocks(tokens * top_k, experts, sizes[-1])
+    check_places(place(jnp.asarray(live), counts, experts, sizes, blocks, True), live, experts, sizes)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_routing_adds_up_the_parts_of_logits(tokens):
+    parts = jnp.asarray(normal(0, 3, tokens, 16)).at[:, :, 4].set(2.0).at[:, :, 9].set(2.0)  # two experts alike
+    for one, other in zip(triton.route(parts, None, 4, True), triton.route(parts.sum(0), None, 4, True), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_float32_is_refused():

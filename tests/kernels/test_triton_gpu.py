@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.sampling_stages import _keep_portably
-from ferrum_kernels import gptq_matmul, tile, triton, triton_cut, triton_norm, triton_parts, triton_rows
+from ferrum_jax.sampling_filters import draw_best, keep_best
+from ferrum_jax.sampling_stages import gumbel
+from ferrum_kernels import gptq_matmul, tile, triton, triton_norm, triton_parts, triton_route, triton_rows
+from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
 from tests.support.gptq_cases import make_linear, make_stack
 from tests.support.tiny import tiny_config
-from tests.support.triton_cases import expert_layer, ignore_deprecation, relative
+from tests.support.triton_cases import check_places, expert_layer, ignore_deprecation, relative
 
 pytestmark = [pytest.mark.gpu, ignore_deprecation]
 ONE_ROUNDING, TWO_ROUNDINGS, THREE_ROUNDINGS = 2e-3, 2.9e-3, 3.3e-3
@@ -181,6 +183,26 @@ def test_masked_tokens_are_sent_nowhere(rng, tokens):
     assert (np.asarray(nothing) == 0).all()
 
 
+@pytest.mark.parametrize("tokens", [9, 16, 64, 300, 4096])
+@pytest.mark.parametrize(("experts", "top_k", "sizes"), [(128, 8, (8, 32)), (60, 6, (16,)), (8, 2, (16, 24, 32))])
+def test_routing_and_places(rng, tokens, experts, top_k, sizes):
+    parts = jnp.asarray(rng.standard_normal((3, tokens, experts)), jnp.float32)
+    mask = jnp.asarray(rng.random(tokens) < 0.7)
+    blocks = max_blocks(tokens * top_k, experts, sizes[-1])
+
+    @jax.jit
+    def run(parts, mask):
+        chosen, weights, live, counts = triton.route(parts, mask, top_k, True)
+        return chosen, weights, live, triton_route.place(live, counts, experts, sizes, blocks, False)
+
+    chosen, weights, live, places = run(parts, mask)
+    probs, best = jax.lax.top_k(jax.nn.softmax(parts[0] + parts[1] + parts[2]), top_k)
+    np.testing.assert_array_equal(chosen, best)
+    np.testing.assert_allclose(weights, probs / probs.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_array_equal(live, np.where(np.asarray(mask)[:, None], best, experts))
+    check_places(places, np.asarray(live), experts, sizes)
+
+
 def test_no_tokens():
     stacks, _, _ = layer_of(4, 128, True)
     sizes = {"hidden_size": D, "num_experts": E, "top_k": K, "moe_intermediate_size": F, "num_layers": 1}
@@ -200,20 +222,40 @@ def test_a_layer_of_qwen3_30b_a3b(routing):
         assert gpu_table.checked((up, down), tokens, top_k, routing, jnp.bfloat16) <= THREE_ROUNDINGS
 
 
-def test_the_filters_of_sampling_keep_what_the_portable_ones_keep():
-    logits = 3 * jax.random.normal(jax.random.key(0), (5, 151_936))
-    logits = logits.at[0, 100:180].set(40.0).at[1].set(0.25).at[2, ::3].set(-jnp.inf)
-    for likely, total, weights in (
-        (False, jnp.array([30.0, 700, 20, 1, 50_000]), jnp.ones_like(logits)),
-        (True, jnp.array([0.3, 0.5, 0.9, 0.01, 0.999]), jax.nn.softmax(logits, axis=-1)),
-    ):
-        poison(logits.shape)
-        found = triton_cut.keep_best(logits, total, likely, interpret=False)
-        np.testing.assert_array_equal(found, triton_cut.keep_best(logits, total, likely, interpret=False))
-        expected = _keep_portably(logits, weights, total)
-        # Sums of float32 in another order may put the cut of a wide set a token away.
-        assert (jnp.abs((found > -jnp.inf).sum(-1) - (expected > -jnp.inf).sum(-1)) <= 2).all()
-        assert (found[0] == expected[0]).all() and (found[3] == expected[3]).all()
+@pytest.mark.parametrize("ks", [None, (30, 700, 20, 1, 50_000, 0)], ids=["all", "k"])
+@pytest.mark.parametrize("ps", [None, (0.3, 0.5, 0.9, 0.01, 0.999, 0.8)], ids=["all", "p"])
+def test_the_filters_of_sampling_keep_what_the_portable_ones_keep(rng, ks, ps):
+    logits = 3 * jax.random.normal(jax.random.key(int(rng.integers(2**31))), (6, 151_936))
+    logits = logits.at[0, 100:180].set(40.0).at[1].set(0.25).at[2, ::3].set(-jnp.inf).at[5].multiply(0.3)
+    k, p = None if ks is None else jnp.array(ks), None if ps is None else jnp.array(ps)
+    poison(logits.shape)
+    found = keep_best(logits, k, p, implementation="triton")
+    np.testing.assert_array_equal(found, keep_best(logits, k, p, implementation="triton"))
+    np.testing.assert_array_equal(found, keep_best(logits, k, p))  # the kernels are what None takes here
+    expected = keep_best(logits, k, p, implementation="xla")
+    # Sums of float32 in another order may put the cut of a wide set some tokens away.
+    counts = [np.asarray((x > -jnp.inf).sum(-1)) for x in (found, expected)]
+    assert (np.abs(counts[0] - counts[1]) <= 2 + counts[1] // 1000).all()
+    assert (found[0] == expected[0]).all() and (found[3] == expected[3]).all()
+    if p is None:
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_draws_the_tokens_that_the_portable_operations_draw(rng, rows):
+    logits = 3 * jax.random.normal(jax.random.key(int(rng.integers(2**31))), (rows, 151_936))
+    keys = jnp.asarray(rng.integers(0, 2**32, (rows, 2), np.uint32))
+    k, temperature = (
+        jnp.asarray(rng.choice([0, 1, 50, 20_000], rows), jnp.int32),
+        jnp.asarray(rng.choice([0.0, 1.0], rows)),
+    )
+    drawn, expected = (draw_best(logits, k, None, keys, temperature, implementation=name) for name in ("triton", "xla"))
+    # Logarithms may differ in the last place, which decides between tokens that are as good.
+    assert (drawn == expected).mean() > 0.9 or rows == 1
+    noise = np.where(np.asarray(temperature)[:, None] > 0, gumbel(keys, logits.shape[1]), 0.0)
+    kept = np.asarray(keep_best(logits, k, None, implementation="xla")) + noise
+    worst = kept.max(1) - np.take_along_axis(kept, np.asarray(drawn)[:, None], 1)[:, 0]
+    assert worst.max() < 1e-4
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 16, 40, 300])
@@ -229,6 +271,7 @@ def test_sums_norms_and_router_logits(tokens):
     np.testing.assert_array_equal(total, (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype))
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight[2], np.float64)
     assert relative(norm, exact) < ONE_ROUNDING
+    logits = logits.reshape(-1, tokens, 128).sum(0)
     assert relative(logits, np.asarray(norm, np.float64) @ np.asarray(router[2], np.float64).T) < 1e-5
 
 

@@ -32,6 +32,22 @@ def expert_layer(
     return out
 
 
+def check_places(places: Any, live: np.ndarray, experts: int, sizes: tuple[int, ...]) -> None:
+    """Hold what `triton_route.place` gives against a stable sort, cut into blocks of which the largest come first."""
+    order, *tables = map(np.asarray, places)
+    flat = live.reshape(-1)
+    real = int((flat < experts).sum())
+    np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
+    blocks, at = [], 0
+    for expert, rows in enumerate(np.bincount(flat, minlength=experts + 1)[:experts]):
+        blocks += [(expert, at + start, min(rows - start, sizes[-1])) for start in range(0, rows, sizes[-1])]
+        at += rows
+    classes = [min(size for size in sizes if rows <= size) for _, _, rows in blocks]
+    expected = [blocks[i] for i in np.argsort(-np.array(classes), kind="stable")]
+    expected += [(experts, 0, 0)] * (len(tables[0]) - len(expected))
+    np.testing.assert_array_equal(np.stack(tables, 1), np.array(expected).reshape(-1, 3))
+
+
 def relative(actual: Any, expected: np.ndarray) -> float:
     """||actual - expected|| / ||expected||; NaN anywhere gives NaN, which no bound passes."""
     return float(np.linalg.norm(np.asarray(actual, np.float64) - expected) / max(np.linalg.norm(expected), 1e-30))
