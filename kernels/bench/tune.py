@@ -2,8 +2,8 @@
 
 It covers all of ferrum_kernels/tuned: of the Triton kernels' table "few" and "experts" (expert layers), "rows" (single
 products) and "parts" (those cut along their inputs), and on a Hopper GPU with jax 0.11 the table of the Mosaic GPU
-kernels. "parts" and the Mosaic GPU kernels have been tried on a CPU only so far: that part of this script has not run
-on a GPU yet. Single products are cut by rules and by no table where they have up to 16 rows and are not in parts
+kernels. Of "parts" and the Mosaic GPU kernels candidates have been measured on a GPU, but no run of theirs has come to
+its end there yet. Single products are cut by rules and by no table where they have up to 16 rows and are not in parts
 (triton_rows.cut_for), and on Hopper from 512 rows on (mosaic.matrix_ring).
 
 Candidates are compiled in a pool of threads and then timed one after the other, several matrices in rotation as one
