@@ -99,7 +99,8 @@ def _route_kernel(s: _Statics, *refs: Any) -> None:
     lane = jnp.arange(s.lanes, dtype=jnp.int32)[None, :]
     here = token < tokens
     real = here[:, None] & (lane < s.experts)
-    x = load_logits(logits, *jnp.broadcast_arrays(token[:, None], lane), real)
+    row, column = jnp.broadcast_arrays(token[:, None], lane)
+    x = load_logits(logits, row, column, real)
     seen = here
     if s.masked:
         seen = here & (plgpu.load(refs[1].at[token], mask=here, other=0) != 0)
@@ -166,13 +167,6 @@ def load_logits(logits: Any, token: jax.Array, expert: jax.Array, mask: jax.Arra
     if len(logits.shape) == 2:
         return load()
     return functools.reduce(jnp.add, [load(jnp.full_like(token, part)) for part in range(logits.shape[0])])
-
-
-def _columns(values: list[jax.Array]) -> jax.Array:
-    """[rows, slots], a power of two of them, of an array [rows] per slot."""
-    slot = jnp.arange(power(len(values)), dtype=jnp.int32)[None, :]
-    none = jnp.zeros((values[0].shape[0], slot.shape[1]), values[0].dtype)
-    return functools.reduce(lambda out, k: jnp.where(slot == k, values[k][:, None], out), range(len(values)), none)
 
 
 def count(live: jax.Array, experts: int) -> jax.Array:

@@ -51,9 +51,18 @@ def test_a_layer(tokens, load, ring):
     check_layer(tokens, load, ring, WIDTH, FEATURES)
 
 
-@pytest.mark.parametrize("ring", [Ring(), FEW, DEEP])
-def test_inputs_of_fewer_groups_than_the_ring_holds(ring):
-    check_layer(77, "random", ring, width=256, features=128)
+@pytest.mark.parametrize(("tokens", "ring"), [(77, Ring()), (77, DEEP), (7, FEW), (77, FEW), (600, FEW)])
+def test_the_smallest_layer_has_fewer_groups_than_a_ring_has_under_way(tokens, ring):
+    check_layer(tokens, "random", ring, width=256, features=128)
+
+
+# The rings of 64, 128 and 256 tokens.
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+@pytest.mark.parametrize("load", ["random", "one expert"])
+def test_the_rings_of_the_table(tokens, load):
+    rings = mosaic.rings(8 * tokens, 128)
+    assert rings is not None and rings[0] == rings[1]
+    check_layer(tokens, load, rings[0], WIDTH, FEATURES)
 
 
 def check_layer(tokens, load, ring, width, features):
@@ -73,21 +82,6 @@ def check_layer(tokens, load, ring, width, features):
     assert relative(np.asarray(y)[some], expected) < THREE_ROUNDINGS
     assert np.isfinite(np.asarray(y, np.float32)).all()
     assert (run(x, logits, mask, stacks, ring)[2] == y).all()
-
-
-@pytest.mark.parametrize("tokens", [7, 77, 600])
-def test_the_smallest_layer_has_fewer_groups_than_a_ring_has_under_way(tokens):
-    width, features = 256, 128
-    stacks, dense_up, dense_down = layer(width, features)
-    rng = np.random.default_rng()
-    x = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
-    logits = jnp.asarray(rng.standard_normal((tokens, E)))
-    for shape in ((tokens * K + E * FEW.block, features), (tokens * K, width)):
-        jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.bfloat16)).delete()
-    live, weights, y = run(x, logits, None, stacks, FEW)
-    expected = expert_layer(*map(np.asarray, (x, live, weights)), dense_up, dense_down)
-    assert relative(y, expected) < THREE_ROUNDINGS
-    assert (run(x, logits, None, stacks, FEW)[2] == y).all()
 
 
 def test_vmap_over_layers_of_tokens():
