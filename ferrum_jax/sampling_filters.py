@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ferrum_jax.sampling_stages import positions, sample_token
+from ferrum_jax.sampling_stages import apply_temperature, positions, sample_token
 from ferrum_kernels import triton, triton_cut, triton_draw
 from ferrum_kernels.errors import BackendError
 
@@ -111,7 +111,7 @@ def draw_best(
     *,
     implementation: str | None = None,
 ) -> Array:
-    """`sample_token` of what `keep_best` keeps; on a GPU noise is made for those tokens alone.
+    """`apply_temperature`, `keep_best` and `sample_token`; on a GPU noise is made for the tokens that stay alone.
 
     Args:
       logits: float32 [B, V].
@@ -150,25 +150,28 @@ def _run(by_kernels: Callable[..., Array], portably: Callable[..., Array], name:
     return lax.platform_dependent(*given, cuda=by_kernels, default=portably)
 
 
-def _find(logits: Array, k: Array | None, p: Array | None) -> triton_cut.Cuts:
+def _find(logits: Array, scale: Array | None, k: Array | None, p: Array | None) -> triton_cut.Cuts:
     rows = logits.shape[:1]
+    scale = jnp.ones(rows, jnp.float32) if scale is None else scale
     k, p = jnp.zeros(rows, jnp.int32) if k is None else k, jnp.ones(rows, jnp.float32) if p is None else p
-    given = lax.stop_gradient(logits), k.astype(jnp.int32), p.astype(jnp.float32)
+    given = lax.stop_gradient(logits), scale, k.astype(jnp.int32), p.astype(jnp.float32)
     return triton_cut.find(*given, triton.is_interpreted())
 
 
 def _keep_by_kernels(logits: Array, k: Array | None, p: Array | None) -> Array:
-    cut, last, _ = _find(logits, k, p)
+    cut, last, _ = _find(logits, None, k, p)
     stay = (logits > cut[:, None]) | ((logits == cut[:, None]) & (positions(logits) <= last[:, None]))
     return jnp.where(stay, logits, -jnp.inf)
 
 
 def _draw_by_kernels(logits: Array, k: Array | None, p: Array | None, keys: Array, temperature: Array) -> Array:
-    return triton_draw.draw(logits, _find(logits, k, p), keys, temperature > 0, triton.is_interpreted())
+    random = temperature > 0
+    scale = 1 / jnp.where(random, temperature, jnp.ones_like(temperature))
+    return triton_draw.draw(logits, scale, _find(logits, scale, k, p), keys, random, triton.is_interpreted())
 
 
 def _draw_portably(logits: Array, k: Array | None, p: Array | None, keys: Array, temperature: Array) -> Array:
-    return sample_token(_keep_portably(logits, k, p), keys, temperature)
+    return sample_token(_keep_portably(apply_temperature(logits, temperature), k, p), keys, temperature)
 
 
 @jax.jit

@@ -53,11 +53,12 @@ class Cuts(NamedTuple):
     best: jax.Array
 
 
-def find(logits: jax.Array, k: jax.Array, p: jax.Array, interpret: bool) -> Cuts:
+def find(logits: jax.Array, scale: jax.Array, k: jax.Array, p: jax.Array, interpret: bool) -> Cuts:
     """Where the k best tokens end, and of those the best that reach probability p.
 
     Args:
       logits: float32 [B, V].
+      scale: float32 [B], what a row's logits are multiplied by first: 1 / temperature.
       k: int32 [B]; 0 for all.
       p: float32 [B]; 1 or more for all.
       interpret: run without a GPU.
@@ -66,16 +67,16 @@ def find(logits: jax.Array, k: jax.Array, p: jax.Array, interpret: bool) -> Cuts
     rows, vocab = logits.shape
     groups, tiles = -(-vocab // GROUP), -(-vocab // TILE)
     call = functools.partial(call_kernel, interpret)
-    given = {"logits": logits, "k": k, "p": p}
+    given = {"logits": logits, "scale": scale, "k": k, "p": p}
     numbers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     whole = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     stats = {name: numbers((rows, groups)) for name in ("best", "weight", "worst")}
-    given |= call(_group_kernel, {"logits": logits}, stats, (rows, tiles), "cut_groups")
+    given |= call(_group_kernel, {"logits": logits, "scale": scale}, stats, (rows, tiles), "cut_groups")
     best = given["best"]
     given |= call(
         _bound_kernel, given, {"facts": numbers((rows, 4)), "cell": numbers((rows, 2))}, (rows,), "cut_bound", 8
     )
-    given = {name: given[name] for name in ("logits", "k", "p", "best", "facts", "cell")}
+    given = {name: given[name] for name in ("logits", "scale", "k", "p", "best", "facts", "cell")}
     weighed = {"bounds": numbers((rows, BOUNDS)), "sums": numbers((rows, tiles, BOUNDS))}
     for _ in range(2):
         given |= call(_weigh_kernel, given, weighed, (rows, tiles), "cut_weigh")
@@ -94,7 +95,7 @@ def _group_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> N
     vocab, groups = r["logits"].shape[1], out["best"].shape[1]
     group = tile * (TILE // GROUP) + jnp.arange(TILE // GROUP, dtype=jnp.int32)
     token = group[:, None] * GROUP + jnp.arange(GROUP, dtype=jnp.int32)[None, :]
-    x = read(r["logits"], row, token, token < vocab, -jnp.inf, interpret)
+    x = read(r["logits"], row, token, token < vocab, -jnp.inf, interpret) * r["scale"][row]
     there = x > -jnp.inf
     best = jnp.max(x, axis=1)
     weight = jnp.sum(jnp.where(there, jnp.exp(x - best[:, None]), 0.0), axis=1)
@@ -126,15 +127,16 @@ def _bound_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     all_of = jnp.where(k > 0, float(GROUP), all_of)
     places = jnp.where(best > -jnp.inf, order(best), TOP)
 
-    def bit(i: Any, cuts: tuple) -> tuple:
-        found = []
-        for cut, weights in zip(cuts, (one, all_of), strict=True):
-            higher = cut | (jnp.int32(1) << (31 - i))
-            reached = jnp.sum(jnp.where(places >= higher ^ TOP, weights, 0.0)) >= total
-            found.append(jnp.where(reached, higher, cut))
-        return tuple(found)
+    which = jnp.arange(2, dtype=jnp.int32)
+    weights = jnp.where(which[:, None] == 0, one[None, :], all_of[None, :])
 
-    low, high = lax.fori_loop(0, COARSE, bit, (jnp.int32(0), jnp.int32(0)))
+    def bit(i: Any, cuts: jax.Array) -> jax.Array:
+        higher = cuts | (jnp.int32(1) << (31 - i))
+        reached = jnp.sum(jnp.where(places[None, :] >= (higher ^ TOP)[:, None], weights, 0.0), axis=1) >= total
+        return jnp.where(reached, higher, cuts)
+
+    cuts = lax.fori_loop(0, COARSE, bit, jnp.zeros((2,), jnp.int32))
+    low, high = (jnp.sum(jnp.where(which == i, cuts, 0)) for i in range(2))
     high = (high | np.int32(2 ** (32 - COARSE) - 1)) ^ TOP  # the cut is not above
     low = lax.max(low ^ TOP, order(least))
     few = jnp.sum(jnp.where(places >= low, 1, 0)) <= FEW

@@ -12,6 +12,7 @@ from jax import lax
 from ferrum_kernels.triton_logits import LIST, REST, TILE, TOP, Refs, float_of, order, read
 
 SHORT = 512  # tokens of a list that is soon added up
+DIGIT = 4  # bits of its cut that are found at once
 
 # (f, init) -> the last of f(carry, places in the order of logits, weights, token ids) over some tokens.
 Fold = Callable[[Callable[..., Any], Any], Any]
@@ -54,14 +55,14 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
             weights = jnp.where(here, weigh(places, x, ids), 0.0)
             return lambda f, init: f(init, places, weights, ids)
 
-        _put(r, out, row, tokens, jnp.where(everything, 0.0, r["cell"][row, 2]))
+        _put(r, out, row, tokens, jnp.where(everything, 0.0, r["cell"][row, 2]), DIGIT if size == SHORT else 1)
 
     def from_row() -> None:
         def tokens(weigh: Callable[..., jax.Array]) -> Fold:
             def fold(f: Callable[..., Any], init: Any) -> Any:
                 def body(i: Any, carry: Any) -> Any:
                     ids = i * TILE + jnp.arange(TILE, dtype=jnp.int32)
-                    x = read(r["logits"], row, ids, ids < vocab, -jnp.inf, interpret)
+                    x = read(r["logits"], row, ids, ids < vocab, -jnp.inf, interpret) * r["scale"][row]
                     places = jnp.where(ids < vocab, order(x), REST)
                     return f(carry, places, jnp.where(ids < vocab, weigh(places, x, ids), 0.0), ids)
 
@@ -69,7 +70,7 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
 
             return fold
 
-        _put(r, out, row, tokens, jnp.float32(0.0))
+        _put(r, out, row, tokens, jnp.float32(0.0), 1)
 
     pl.when(jnp.logical_not(some))(keep_all)
     pl.when(listed & (count <= SHORT))(lambda: from_list(SHORT))
@@ -77,7 +78,7 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     pl.when(some & jnp.logical_not(listed))(from_row)
 
 
-def _put(r: Refs, out: Refs, row: Any, tokens: Tokens, above: Any) -> None:
+def _put(r: Refs, out: Refs, row: Any, tokens: Tokens, above: Any, bits: int) -> None:
     """Find a row's cut.
 
     Args:
@@ -86,6 +87,7 @@ def _put(r: Refs, out: Refs, row: Any, tokens: Tokens, above: Any) -> None:
       row: of the batch.
       tokens: that are left.
       above: what the tokens weigh that are better than these; 0 where a row has both limits.
+      bits: of the cut that are found at once.
     """
     k, p, most, total = r["k"][row], r["p"][row], r["facts"][row, 0], r["facts"][row, 2]
 
@@ -104,27 +106,34 @@ def _put(r: Refs, out: Refs, row: Any, tokens: Tokens, above: Any) -> None:
 
         fold = tokens(likely)
         both = fold(lambda carry, places, weights, ids: carry + jnp.sum(weights), jnp.float32(0.0))
-        return _cut(fold, jnp.where(k > 0, p * both, total), above, first)
+        return _cut(fold, jnp.where(k > 0, p * both, total), above, first, bits)
 
-    first = lax.cond(k > 0, lambda: _cut(tokens(ones), total, above, everything), lambda: everything)
+    first = lax.cond(k > 0, lambda: _cut(tokens(ones), total, above, everything, bits), lambda: everything)
     cut, last = lax.cond(p < 1, lambda: from_p(first), lambda: first)
     out["cut"][row], out["last"][row] = float_of(cut), last
 
 
-def _cut(fold: Fold, total: Any, above: Any, otherwise: tuple[Any, Any]) -> tuple[Any, Any]:
+def _cut(fold: Fold, total: Any, above: Any, otherwise: tuple[Any, Any], bits: int) -> tuple[Any, Any]:
     """The place of the logit at the cut and the last token id at it that stays; `otherwise` if all weigh too little."""
 
-    def added(reaches: Callable[[jax.Array], jax.Array]) -> Any:
+    def added(reaches: Callable[[jax.Array], jax.Array], shape: tuple[int, ...] = ()) -> Any:
         def add(carry: Any, places: jax.Array, weights: jax.Array, ids: jax.Array) -> Any:
-            return carry + jnp.sum(jnp.where(reaches(places), weights, 0.0))
+            return carry + jnp.sum(jnp.where(reaches(places), weights, 0.0), axis=-1)
 
-        return above + fold(add, jnp.float32(0.0))
+        return above + fold(add, jnp.zeros(shape, jnp.float32))
 
-    def bit(i: Any, cut: Any) -> Any:
-        higher = cut | (jnp.int32(1) << (31 - i))
-        return jnp.where(added(lambda places: places >= higher ^ TOP) >= total, higher, cut)
+    def digit(i: Any, cut: Any) -> Any:
+        shift = 32 - bits - bits * i
+        if bits == 1:
+            higher = cut | (jnp.int32(1) << shift)
+            return jnp.where(added(lambda places: places >= higher ^ TOP) >= total, higher, cut)
+        digits = jnp.arange(1 << bits, dtype=jnp.int32)
+        candidates = (cut | (digits << shift)) ^ TOP
+        sums = added(lambda places: places[None, :] >= candidates[:, None], digits.shape)
+        # A higher cut weighs less, so the digit is how many are reached.
+        return cut | (jnp.sum(jnp.where((sums >= total) & (digits > 0), 1, 0)) << shift)
 
-    cut = lax.fori_loop(0, 32, bit, jnp.int32(0)) ^ TOP
+    cut = lax.fori_loop(0, 32 // bits, digit, jnp.int32(0)) ^ TOP
     before = added(lambda places: places > cut)
 
     def stay(carry: tuple[Any, Any], places: jax.Array, weights: jax.Array, ids: jax.Array) -> tuple[Any, Any]:

@@ -20,11 +20,14 @@ PART = 512  # tokens whose noise is made together
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 
 
-def draw(logits: jax.Array, cuts: Cuts, keys: jax.Array, random: jax.Array, interpret: bool) -> jax.Array:
+def draw(
+    logits: jax.Array, scale: jax.Array, cuts: Cuts, keys: jax.Array, random: jax.Array, interpret: bool
+) -> jax.Array:
     """Draw a token of each row.
 
     Args:
       logits: float32 [B, V].
+      scale: float32 [B], what a row's logits are multiplied by first.
       cuts: of these logits.
       keys: uint32 [B, 2].
       random: bool [B]; other rows get their best token.
@@ -35,7 +38,7 @@ def draw(logits: jax.Array, cuts: Cuts, keys: jax.Array, random: jax.Array, inte
     """
     rows, vocab = logits.shape
     tiles = -(-vocab // TILE)
-    given = {"logits": logits, **cuts._asdict(), "keys": keys, "random": random.astype(jnp.int32)}
+    given = {"logits": logits, "scale": scale, **cuts._asdict(), "keys": keys, "random": random.astype(jnp.int32)}
     out = {
         "value": jax.ShapeDtypeStruct((rows, tiles), jnp.float32),
         "token": jax.ShapeDtypeStruct((rows, tiles), jnp.int32),
