@@ -111,7 +111,7 @@ def draw_best(
     *,
     implementation: str | None = None,
 ) -> Array:
-    """`apply_temperature`, `keep_best` and `sample_token`; on a GPU noise is made for the tokens that stay alone.
+    """`apply_temperature`, `keep_best` and `sample_token`; on a GPU noise is made for the tokens that stay only.
 
     Args:
       logits: float32 [B, V].
