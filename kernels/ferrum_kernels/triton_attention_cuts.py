@@ -17,7 +17,7 @@ def _tile(s: Statics, most: int) -> int:
 def decode_cut(s: Statics, batch: int) -> Cut:
     """How one new token per row is cut up: a program for each row and key head, or for each piece of long rows."""
     pairs = batch * s.kv_heads  # of a row and a key head
-    few, fewest = pairs < 132, pairs <= 16 and not s.codes
+    few, fewest = pairs < 132, pairs <= 32
     whole = 256 if fewest else 512 if few else 1024
     if s.capacity <= whole:
         return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few or s.codes else 2)
@@ -27,7 +27,7 @@ def decode_cut(s: Statics, batch: int) -> Cut:
         tile,
         warps=4,
         stages=3 if few or s.codes else 2,
-        pieces=max(1, (264 if few else 528) // s.kv_heads),
+        pieces=max(1, (132 if few else 528) // s.kv_heads),
         least=max(1, (128 if few else 256) // tile),
         whole=whole // tile,
     )
