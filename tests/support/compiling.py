@@ -10,8 +10,8 @@ import jax
 from jax._src import compiler
 
 OPTION = "jax_disable_most_optimizations"
-# jaxlib 0.10 has two code generators for fused operations: the one it uses, whose passes over each of them are most of the
-# time that a small model takes to compile, and the one before. Later ones have one only and refuse the option.
+# jaxlib 0.10 has two code generators for fused operations: the one it uses, whose passes over each of them are most of
+# the time that a small model takes to compile, and the one before. Later ones have one only and refuse the option.
 GENERATOR = [("xla_cpu_use_fusion_emitters", False)] if jax.__version_info__[:2] == (0, 10) else []
 
 
