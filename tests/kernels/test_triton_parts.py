@@ -78,6 +78,7 @@ def test_the_parts_of_a_layer_and_their_sum(dtype, act_order):
         again = add_norm(stream[rows], parts[:, rows], weight, cfg, 1)
         np.testing.assert_array_equal(again[0], total)
         np.testing.assert_array_equal(again[1], norm)
+        assert logits is not None
         logits = logits.reshape(-1, *norm.shape[:-1], 8).sum(0)
         assert relative(logits, np.asarray(norm, np.float64) @ np.asarray(router[1], np.float64).T) < 1e-6
 
