@@ -272,6 +272,7 @@ def test_without_a_gpu_it_says_what_is_needed(tmp_path, capsys):
         Case("up", 256, 256, 24, (8, 64, 4, 3, 1)),
         Case("down", 128, 256, 24, (8, 64, 4, 2, 1)),
         Case("place", 8, 0, 24, (8,)),
+        Case("place", 8, 0, 48, (2, 4)),
         Case("rows", 256, 64, 3, (8, 64, 4, 2, 2)),
         Case("parts", 512, 128, 5, (64, 16, 4, 3, 1, 4)),
         Case("whole", 512, 128, 5, ()),
