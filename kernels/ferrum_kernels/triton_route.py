@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 PROGRAMS = 128  # chunks that are enough to keep a GPU busy
-SUB = 64  # pairs, or blocks, that one step of a loop looks at
+SUB = 64  # pairs that one step of a loop looks at
+DESCRIBED = 16  # blocks that one program describes: with more, it would end after those that place pairs
 
 
 def power(n: int) -> int:
@@ -163,7 +164,7 @@ def place(
     return pl.pallas_call(
         functools.partial(_place_kernel, experts, chunk(tokens) * top_k, sizes, blocks, parts),
         out_shape=(jax.ShapeDtypeStruct((tokens * top_k,), jnp.int32), table, table, table),
-        grid=(parts + -(-blocks // SUB),),  # chunks of pairs, then pieces of the tables of blocks
+        grid=(parts + -(-blocks // DESCRIBED),),  # chunks of pairs, then pieces of the tables of blocks
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="place",
@@ -208,7 +209,7 @@ def _place_kernel(
         return base + jnp.sum(jnp.where(hit, 1, 0), axis=0)
 
     def piece_of_blocks() -> None:
-        b = ((me - parts) * SUB + jnp.arange(SUB, dtype=jnp.int32))[:, None]
+        b = ((me - parts) * DESCRIBED + jnp.arange(DESCRIBED, dtype=jnp.int32))[:, None]
         block = sizes[-1]
         full = total // block
         left = total - full * block
