@@ -76,7 +76,7 @@ def test_the_smallest_layer_has_fewer_groups_than_a_ring_has_under_way(tokens):
     for shape in ((tokens * K + E * FEW.block, features), (tokens * K, width)):
         jax.block_until_ready(jnp.full(shape, jnp.nan, jnp.bfloat16)).delete()
     live, weights, y = run(x, logits, None, stacks, FEW)
-    expected = expert_layer(*map(np.asarray, (x, live, weights)), dense_up, dense_down)
+    expected = expert_layer(np.asarray(x), np.asarray(live), np.asarray(weights), dense_up, dense_down)
     assert relative(y, expected) < THREE_ROUNDINGS
     assert (run(x, logits, None, stacks, FEW)[2] == y).all()
 
@@ -128,7 +128,11 @@ def test_the_assembler_lets_products_run_while_others_are_decoded(tokens, capfd,
     stacks, *_ = layer()
     x, live = jnp.zeros((91, WIDTH), jnp.bfloat16), jnp.zeros((91, K), jnp.int32)
     weights = jnp.zeros(live.shape)
-    jax.jit(lambda *a: mosaic.run_experts(*a, None, *stacks, 1, *how)).lower(x, live, weights).compile()
+
+    def both(x, live, weights):
+        return mosaic.run_experts(x, live, weights, None, stacks[0], stacks[1], 1, how[0], how[1])
+
+    jax.jit(both).lower(x, live, weights).compile()
     said = "".join(capfd.readouterr())
     assert said.count("Compiling entry function") == 2
     assert not {code for code in ("C7510", "C7511", "C7512", "C7513", "C7517", "serialized") if code in said}
