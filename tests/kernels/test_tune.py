@@ -272,6 +272,7 @@ def test_without_a_gpu_it_says_what_is_needed(tmp_path, capsys):
         Case("up", 256, 256, 24, (8, 64, 4, 3, 1)),
         pytest.param(Case("down", 128, 256, 24, (8, 64, 4, 2, 1)), marks=pytest.mark.once),
         pytest.param(Case("place", 8, 0, 24, (8,)), marks=pytest.mark.once),
+        Case("place", 8, 0, 48, (2, 4)),
         Case("rows", 256, 64, 3, (8, 64, 4, 2, 2)),
         pytest.param(Case("parts", 512, 128, 5, (64, 16, 4, 3, 1, 4)), marks=pytest.mark.once),
         pytest.param(Case("whole", 512, 128, 5, ()), marks=pytest.mark.once),
