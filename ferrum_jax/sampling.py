@@ -236,15 +236,9 @@ def sample_step(logits: Array, state: SamplerState, plan: SamplerPlan) -> tuple[
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     scores = _penalised(logits, state, plan)
     if plan.random:
-        scores = apply_temperature(scores, state.temperature)
-        if plan.min_p:
-            scores = keep_min_p(scores, state.min_p)
+        k, p = state.top_k if plan.top_k else None, state.top_p if plan.top_p else None
         keys = fold_in(state.keys, state.step)
-        if plan.top_k or plan.top_p:
-            k, p = state.top_k if plan.top_k else None, state.top_p if plan.top_p else None
-            token = draw_best(scores, k, p, keys, state.temperature)
-        else:
-            token = sample_token(scores, keys, state.temperature)
+        token = _drawn(scores, keys, state.temperature, state.min_p if plan.min_p else None, k, p)
     else:
         token = greedy_token(scores)
     logprob = None if plan.logprobs is None else token_logprob(logits, token)
@@ -255,6 +249,19 @@ def sample_step(logits: Array, state: SamplerState, plan: SamplerPlan) -> tuple[
         ids = jax.lax.broadcasted_iota(jnp.int32, counts.shape, 1)
         counts = counts + (ids == token[:, None]).astype(jnp.int32)
     return Sampled(token, finite, logprob, top_ids, top_values), replace(state, step=state.step + 1, counts=counts)
+
+
+def _drawn(
+    logits: Array, keys: Array, temperature: Array, min_p: Array | None, k: Array | None, p: Array | None
+) -> Array:
+    if min_p is None and not (k is None and p is None):
+        return draw_best(logits, k, p, keys, temperature)
+    logits = apply_temperature(logits, temperature)
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)
+    if k is None and p is None:
+        return sample_token(logits, keys, temperature)
+    return draw_best(logits, k, p, keys, (temperature > 0).astype(temperature.dtype))
 
 
 def _penalised(logits: Array, state: SamplerState, plan: SamplerPlan) -> Array:
@@ -319,14 +326,9 @@ def sample(
 
 @jax.jit
 def _draw(logits: Array, key: Array, temperature: Array, filters: dict[str, Array]) -> Array:
-    scores = apply_temperature(logits, temperature)
-    if "min_p" in filters:
-        scores = keep_min_p(scores, filters["min_p"])
     rows = logits.shape[0]
     keys = fold_in(jnp.broadcast_to(key, (rows, 2)), jnp.arange(rows, dtype=jnp.int32))
-    if "top_k" in filters or "top_p" in filters:
-        return draw_best(scores, filters.get("top_k"), filters.get("top_p"), keys, temperature)
-    return sample_token(scores, keys, temperature)
+    return _drawn(logits, keys, temperature, *(filters.get(name) for name in ("min_p", "top_k", "top_p")))
 
 
 def _raw_key(key: Array) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ferrum_jax.sampling_stages import positions, sample_token
+from ferrum_jax.sampling_stages import apply_temperature, positions, sample_token
 from ferrum_kernels import triton, triton_cut, triton_draw
 from ferrum_kernels.errors import BackendError
 
@@ -111,7 +111,7 @@ def draw_best(
     *,
     implementation: str | None = None,
 ) -> Array:
-    """`sample_token` of what `keep_best` keeps; on a GPU noise is made for those tokens alone.
+    """`apply_temperature`, `keep_best` and `sample_token`; on a GPU noise is made for the tokens that stay only.
 
     Args:
       logits: float32 [B, V].
@@ -150,25 +150,28 @@ def _run(by_kernels: Callable[..., Array], portably: Callable[..., Array], name:
     return lax.platform_dependent(*given, cuda=by_kernels, default=portably)
 
 
-def _find(logits: Array, k: Array | None, p: Array | None) -> triton_cut.Cuts:
+def _limits(logits: Array, k: Array | None, p: Array | None) -> tuple[Array, Array]:
     rows = logits.shape[:1]
     k, p = jnp.zeros(rows, jnp.int32) if k is None else k, jnp.ones(rows, jnp.float32) if p is None else p
-    given = lax.stop_gradient(logits), k.astype(jnp.int32), p.astype(jnp.float32)
-    return triton_cut.find(*given, triton.is_interpreted())
+    return k.astype(jnp.int32), p.astype(jnp.float32)
 
 
 def _keep_by_kernels(logits: Array, k: Array | None, p: Array | None) -> Array:
-    cut, last, _ = _find(logits, k, p)
+    ones = jnp.ones(logits.shape[:1], jnp.float32)
+    cut, last, *_ = triton_cut.find(lax.stop_gradient(logits), ones, *_limits(logits, k, p), triton.is_interpreted())
     stay = (logits > cut[:, None]) | ((logits == cut[:, None]) & (positions(logits) <= last[:, None]))
     return jnp.where(stay, logits, -jnp.inf)
 
 
 def _draw_by_kernels(logits: Array, k: Array | None, p: Array | None, keys: Array, temperature: Array) -> Array:
-    return triton_draw.draw(logits, _find(logits, k, p), keys, temperature > 0, triton.is_interpreted())
+    random = temperature > 0
+    scale = 1 / jnp.where(random, temperature, jnp.ones_like(temperature))
+    given = lax.stop_gradient(logits), scale, *_limits(logits, k, p), keys, random.astype(jnp.int32)
+    return triton_draw.draw(*given, triton.is_interpreted())
 
 
 def _draw_portably(logits: Array, k: Array | None, p: Array | None, keys: Array, temperature: Array) -> Array:
-    return sample_token(_keep_portably(logits, k, p), keys, temperature)
+    return sample_token(_keep_portably(apply_temperature(logits, temperature), k, p), keys, temperature)
 
 
 @jax.jit

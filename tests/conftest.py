@@ -1,6 +1,7 @@
 """What every test starts from: strict promotion, caches of its own, no network, hypothesis profiles."""
 
 import contextlib
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import jax
 import pytest
 
 from ferrum_jax.generation import steps_for
-from tests.support.compiling import quickly
+from tests.support.compiling import Compilations, quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,17 +49,25 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 FULLY = {"test_load_gpu", "test_memory", "test_notebooks", "test_readme", "test_triton_attention_gpu"}
 
 
-MOST_MAPPINGS = 20_000  # Linux allows a process 65,530, and each compiled program keeps some; beyond, XLA crashes
+# Programs that a process keeps. Each holds an MLIR context, and the more there are the longer the next one takes to
+# make: after 800 a program costs twice what the first cost, after some thousands four times. (Linux also allows a
+# process 65,530 memory mappings, of which each program has some; beyond, XLA crashes.)
+MOST_PROGRAMS = 400
+programs = Compilations()
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Let go of compiled programs before a process has too many."""
+    """Let go of compiled programs before a process has too many; those of use are read back from the disk."""
     yield
-    mappings = Path("/proc/self/maps")
-    if mappings.exists() and len(mappings.read_text().splitlines()) > MOST_MAPPINGS:
+    if programs.count > MOST_PROGRAMS:
+        programs.count = 0
         steps_for.cache_clear()
         jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay to the end: the collector need not walk over them each time
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -77,7 +77,9 @@ def through_generate(cfg: ModelConfig, params: Any, length: int, repeats: int) -
     from ferrum_jax.checkpoint.load import Model
     from ferrum_jax.generation import stream_generate
 
-    model: Any = Model(cfg, params, NoText(), None)  # type: ignore[arg-type]
+    no_text: Any = NoText()
+    no_report: Any = None
+    model = Model(cfg, params, no_text, no_report)
     tokens = np.random.default_rng(length).integers(cfg.vocab_size, size=length).tolist()
     times = [next(stream_generate(model, tokens, max_tokens=2)).stats.first_token_seconds for _ in range(repeats + 2)]
     return statistics.median(times[2:]) * 1e3

@@ -98,15 +98,15 @@ class Bench:
                 self._made[key] = make()
             return self._made[key]
 
-    def _tables(self, pairs: int, block: int) -> tuple[jax.Array, ...]:
+    def _tables(self, pairs: int, sizes: tuple[int, ...]) -> tuple[jax.Array, ...]:
         """The expert of each block, its first place and how many, and the pair at each place."""
 
         def make() -> tuple[jax.Array, ...]:
-            blocks = max_blocks(pairs, self.experts, block)
-            tables = places(routing(0, pairs, self.experts, self.top_k), self.experts, block, blocks)
+            blocks = max_blocks(pairs, self.experts, sizes[-1])
+            tables = places(routing(0, pairs, self.experts, self.top_k), self.experts, sizes, blocks)
             return tuple(map(jnp.asarray, tables))
 
-        return self._once(("tables", pairs, block), make)
+        return self._once(("tables", pairs, sizes), make)
 
     def _inputs(self, case: Case) -> tuple[jax.Array, jax.Array | None]:
         """Activations, and for down the weight of each pair."""
@@ -144,7 +144,7 @@ class Bench:
             rows, expected = self._once(("expected", case.product, pairs), lambda: self._expected(case))
             return relative(results[0][rows], expected)
 
-        return Program(step, (*self._inputs(case), self._tables(pairs, block), stack), layers, error)
+        return Program(step, (*self._inputs(case), self._tables(pairs, (block,)), stack), layers, error)
 
     def _expected(self, case: Case) -> tuple[np.ndarray, jax.Array]:
         """Some rows of the first call's result, and what they are in float32."""
@@ -254,7 +254,7 @@ class Bench:
         ring, pairs, gated = ring_of(case), case.load, case.product == "ring_up"
         stack, share = self.stacks[case.product.removeprefix("ring_")], tokens_share(pairs, self.top_k)
         layers = self.layers if pairs <= 2048 else min(self.layers, 8)
-        tables = self._tables(pairs, ring.block)
+        tables = self._tables(pairs, ring.columns)
         slots = len(tables[0]) * ring.block
 
         def inputs() -> jax.Array:
@@ -277,7 +277,8 @@ class Bench:
             """All rows of the first result that must be written, some of them, and what those are in float32."""
             experts, starts, counts, order = map(np.asarray, tables)
             used = int((counts > 0).sum())
-            block = np.repeat(np.arange(used), counts[:used])  # of each place
+            by_place = np.argsort(starts[:used])
+            block = np.repeat(by_place, counts[:used][by_place])  # of each place
             slot = block * ring.block + np.arange(pairs) - starts[block]
             to = slot if gated else order
             place = np.random.default_rng(0).permutation(pairs)[:RING_SAMPLES]
@@ -291,7 +292,7 @@ class Bench:
             return to, to[place], y
 
         def error(results: list[jax.Array]) -> float:
-            rows, some, y = self._once(("expected", case.product, pairs, ring.block), expected)
+            rows, some, y = self._once(("expected", case.product, pairs, ring.columns), expected)
             written = bool(jnp.isfinite(results[0][rows]).all())
             return relative(results[0][some], y) if written else float("inf")
 
@@ -316,7 +317,7 @@ class Bench:
 
         def error(results: Any) -> float:
             order, *tables = map(np.asarray, results[0])
-            *expected, pair = map(np.asarray, self._tables(pairs, case.cut[-1]))
+            *expected, pair = map(np.asarray, self._tables(pairs, case.cut))
             used = expected[0] < self.experts  # the rest of the table only has to name nobody
             same = [(a[used] == b[used]).all() for a, b in zip(tables, expected, strict=True)]
             return 0.0 if all(same) and (order == pair).all() and (tables[0] == expected[0]).all() else float("inf")
@@ -340,19 +341,21 @@ def routing(seed: int, pairs: int, experts: int, top_k: int) -> np.ndarray:
     return np.argsort(scores, axis=1)[:, :share].astype(np.int32).reshape(-1)
 
 
-def places(ids: np.ndarray, experts: int, block: int, blocks: int) -> tuple[np.ndarray, ...]:
+def places(ids: np.ndarray, experts: int, sizes: tuple[int, ...], blocks: int) -> tuple[np.ndarray, ...]:
     """int32 [blocks] expert, first place and number of places of each block, and int32 [P] the pair at each place."""
+    block = sizes[-1]
     counts = np.bincount(ids, minlength=experts)
     needed = -(-counts // block)
     inside = np.concatenate([np.arange(n) for n in needed]) * block
     expert = np.repeat(np.arange(experts), needed)
     starts = (np.cumsum(counts) - counts)[expert] + inside
-    sizes = np.minimum(counts[expert] - inside, block)
+    rows = np.minimum(counts[expert] - inside, block)
+    by_size = np.argsort(-np.searchsorted(sizes, rows), kind="stable")
     spare = (0, blocks - len(expert))
     return (
-        np.pad(expert, spare, constant_values=experts).astype(np.int32),
-        np.pad(starts, spare).astype(np.int32),
-        np.pad(sizes, spare).astype(np.int32),
+        np.pad(expert[by_size], spare, constant_values=experts).astype(np.int32),
+        np.pad(starts[by_size], spare).astype(np.int32),
+        np.pad(rows[by_size], spare).astype(np.int32),
         np.argsort(ids, kind="stable").astype(np.int32),
     )
 

@@ -148,8 +148,8 @@ def run_experts(
     down_ring: Ring,
 ) -> jax.Array:
     """`triton.experts` with these kernels, cut up as told; both rings have the same block of rows."""
-    tokens, top_k = live.shape
-    pairs, num_experts, block = live.size, down.num_experts, up_ring.block
+    pairs, top_k = live.size, live.shape[1]
+    num_experts, block = down.num_experts, up_ring.block
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
     blocks = max_blocks(pairs, num_experts, block)
     counts = triton.count(live, num_experts) if counts is None else counts
@@ -158,9 +158,7 @@ def run_experts(
     # Between the products a block's rows begin at a multiple of the block: a tile copied at once begins at no other.
     h = product(x, gate_up, index, rows, blocks * block, up_ring, gated=True, pairs_per_row=top_k)
     y = product(h, down, index, rows, pairs, down_ring, by_pair=True)
-    real = ((live >= 0) & (live < num_experts))[:, :, None]
-    y = y.reshape(tokens, top_k, -1).astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None]
-    return jnp.where(real, y, 0.0).sum(1).astype(x.dtype)
+    return triton.add_pairs(y, live, num_experts, weights).astype(x.dtype)
 
 
 LEAST_ROWS = 512  # of a product with one matrix; fewer stay with Triton

@@ -105,7 +105,7 @@ def rescale(columns: int) -> Any:
     """A function of sums [64, columns] and the two runs' scales [32], old and new: sums * old / new in float32."""
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir.dialects import vector
+    from jaxlib.mlir.dialects import arith, vector
 
     _, row, sums, _ = layouts()
 
@@ -116,9 +116,9 @@ def rescale(columns: int) -> Any:
         ratios = [_asm(f32, text, "=f,f,f", *pair) for pair in ((a, c), (b, d))]
         registers = np.empty_like(total.registers)
         old, result = total.registers.reshape(-1, 2, 2), registers.reshape(-1, 2, 2)
+        ratios = [vector.broadcast(one, ratio) for ratio in ratios]
         for at in np.ndindex(old.shape):
-            value = _asm(f32, "mul.f32 $0, $1, $2;", "=f,f,f", _one(old[at]), ratios[at[1]])
-            result[at] = vector.broadcast(one, value)
+            result[at] = arith.mulf(old[at], ratios[at[1]])
         return fa.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
 
     result = plgpu.ShapeDtypeStruct((2 * RUN, columns), jnp.float32, layout=sums)

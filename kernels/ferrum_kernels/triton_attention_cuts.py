@@ -16,17 +16,18 @@ def _tile(s: Statics, most: int) -> int:
 
 def decode_cut(s: Statics, batch: int) -> Cut:
     """How one new token per row is cut up: a program for each row and key head, or for each piece of long rows."""
-    few = batch * s.kv_heads < 132
-    whole = 512 if few else 1024
+    pairs = batch * s.kv_heads  # of a row and a key head
+    few, fewest = pairs < 132, pairs <= 32
+    whole = 256 if fewest else 512 if few else 1024
     if s.capacity <= whole:
-        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3)
-    tile = _tile(s, 64 if few and not s.codes else 128)
+        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few or s.codes else 2)
+    tile = _tile(s, 64 if few and not (fewest or s.codes) else 128)
     # Tiles in flight are less where several programs are to share a multiprocessor's memory.
     return Cut(
         tile,
         warps=4,
         stages=3 if few or s.codes else 2,
-        pieces=max(1, 264 // s.kv_heads),
+        pieces=max(1, (132 if few else 528) // s.kv_heads),
         least=max(1, (128 if few else 256) // tile),
         whole=whole // tile,
     )

@@ -36,7 +36,7 @@ from ferrum_kernels.triton_logits import (
 STEP = 512  # tokens that are weighed at a time
 BOUNDS = 16  # logits that a pass weighs
 COARSE = 16  # bits that the bounds of a row have
-FEW = LIST // 16  # groups whose tokens from the lower bound on are taken to fit the list
+FEW = LIST // 8  # groups whose tokens from the lower bound on are taken to fit the list
 
 
 class Cuts(NamedTuple):
@@ -46,36 +46,47 @@ class Cuts(NamedTuple):
       logit: float32 [B].
       last: int32 [B].
       best: float32 [B, groups], the best logit of each GROUP tokens.
+      token: int32 [B], drawn of those that stay, or -1 where that is left to do.
     """
 
     logit: jax.Array
     last: jax.Array
     best: jax.Array
+    token: jax.Array
 
 
-def find(logits: jax.Array, k: jax.Array, p: jax.Array, interpret: bool) -> Cuts:
+def find(
+    logits: jax.Array,
+    scale: jax.Array,
+    k: jax.Array,
+    p: jax.Array,
+    interpret: bool,
+    noise: tuple[jax.Array, jax.Array] | None = None,
+) -> Cuts:
     """Where the k best tokens end, and of those the best that reach probability p.
 
     Args:
       logits: float32 [B, V].
+      scale: float32 [B], what a row's logits are multiplied by first: 1 / temperature.
       k: int32 [B]; 0 for all.
       p: float32 [B]; 1 or more for all.
       interpret: run without a GPU.
+      noise: keys uint32 [B, 2] and, int32 [B], where there is some: with them tokens are drawn from lists.
 
     """
     rows, vocab = logits.shape
     groups, tiles = -(-vocab // GROUP), -(-vocab // TILE)
     call = functools.partial(call_kernel, interpret)
-    given = {"logits": logits, "k": k, "p": p}
+    given = {"logits": logits, "scale": scale, "k": k, "p": p}
     numbers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     whole = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     stats = {name: numbers((rows, groups)) for name in ("best", "weight", "worst")}
-    given |= call(_group_kernel, {"logits": logits}, stats, (rows, tiles), "cut_groups")
+    given |= call(_group_kernel, {"logits": logits, "scale": scale}, stats, (rows, tiles), "cut_groups")
     best = given["best"]
     given |= call(
         _bound_kernel, given, {"facts": numbers((rows, 4)), "cell": numbers((rows, 2))}, (rows,), "cut_bound", 8
     )
-    given = {name: given[name] for name in ("logits", "k", "p", "best", "facts", "cell")}
+    given = {name: given[name] for name in ("logits", "scale", "k", "p", "best", "facts", "cell")}
     weighed = {"bounds": numbers((rows, BOUNDS)), "sums": numbers((rows, tiles, BOUNDS))}
     for _ in range(2):
         given |= call(_weigh_kernel, given, weighed, (rows, tiles), "cut_weigh")
@@ -85,8 +96,11 @@ def find(logits: jax.Array, k: jax.Array, p: jax.Array, interpret: bool) -> Cuts
     left = {"left": numbers((rows, LIST)), "ids": whole((rows, LIST))}
     given |= call(_list_kernel, given, left, (rows, tiles), "cut_list")
     given.pop("best")
-    found = call(find_kernel, given, {"cut": numbers((rows,)), "last": whole((rows,))}, (rows,), "cut_find", 8)
-    return Cuts(found["cut"], found["last"], best)
+    if noise is not None:
+        given["keys"], given["random"] = noise
+    out = {"logit": numbers((rows,)), "last": whole((rows,)), "token": whole((rows,))}
+    found = call(find_kernel, given, out, (rows,), "cut_find", warps=8)
+    return Cuts(best=best, **found)
 
 
 def _group_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> None:
@@ -94,7 +108,7 @@ def _group_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> N
     vocab, groups = r["logits"].shape[1], out["best"].shape[1]
     group = tile * (TILE // GROUP) + jnp.arange(TILE // GROUP, dtype=jnp.int32)
     token = group[:, None] * GROUP + jnp.arange(GROUP, dtype=jnp.int32)[None, :]
-    x = read(r["logits"], row, token, token < vocab, -jnp.inf, interpret)
+    x = read(r["logits"], row, token, token < vocab, -jnp.inf, interpret) * r["scale"][row]
     there = x > -jnp.inf
     best = jnp.max(x, axis=1)
     weight = jnp.sum(jnp.where(there, jnp.exp(x - best[:, None]), 0.0), axis=1)
@@ -123,18 +137,18 @@ def _bound_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     k, p = r["k"][row], r["p"][row]
     total = jnp.where(k > 0, k.astype(jnp.float32), jnp.where(p < 1, p * weight, jnp.inf))
     one = jnp.where(k > 0, 1.0, one)
-    all_of = jnp.where(k > 0, float(GROUP), all_of)
     places = jnp.where(best > -jnp.inf, order(best), TOP)
 
-    def bit(i: Any, cuts: tuple) -> tuple:
-        found = []
-        for cut, weights in zip(cuts, (one, all_of), strict=True):
+    def search(weights: jax.Array) -> Any:
+        def bit(i: Any, cut: Any) -> Any:
             higher = cut | (jnp.int32(1) << (31 - i))
-            reached = jnp.sum(jnp.where(places >= higher ^ TOP, weights, 0.0)) >= total
-            found.append(jnp.where(reached, higher, cut))
-        return tuple(found)
+            return jnp.where(jnp.sum(jnp.where(places >= higher ^ TOP, weights, 0.0)) >= total, higher, cut)
 
-    low, high = lax.fori_loop(0, COARSE, bit, (jnp.int32(0), jnp.int32(0)))
+        return lax.fori_loop(0, COARSE, bit, jnp.int32(0))
+
+    low = search(one)
+    # Of counted tokens a group says little: any may have as many as stay.
+    high = lax.cond(k > 0, lambda: order(most) ^ TOP, lambda: search(all_of))
     high = (high | np.int32(2 ** (32 - COARSE) - 1)) ^ TOP  # the cut is not above
     low = lax.max(low ^ TOP, order(least))
     few = jnp.sum(jnp.where(places >= low, 1, 0)) <= FEW

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.triton_logits import LIST, REST, TILE, TOP, Refs, float_of, order, read
+from ferrum_kernels.triton_noise import gumbel
 
 SHORT = 512  # tokens of a list that is soon added up
 
@@ -30,7 +31,7 @@ def counts(interpret: bool, r: Refs, row: Any, before: Any) -> tuple[Any, Any, A
 
 
 def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
-    """The cut of a row, from its list or, where that does not do, from all of the row."""
+    """The cut of a row, from its list or, where that does not do, from all of the row; and a token of a whole list."""
     from jax.experimental import pallas as pl
 
     least, total, high = r["facts"][row, 1], r["facts"][row, 2], r["cell"][row, 1]
@@ -39,9 +40,18 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     some = (total < jnp.inf) & (high > least)
     listed = some & (count <= LIST) & (everything | jnp.logical_not(both))
     vocab = r["logits"].shape[1]
+    out["token"][row] = jnp.int32(-1)
 
     def keep_all() -> None:
-        out["cut"][row], out["last"][row] = jnp.where(some, high, -jnp.inf), jnp.where(some, 0, vocab)
+        out["logit"][row], out["last"][row] = jnp.where(some, high, -jnp.inf), jnp.where(some, 0, vocab)
+
+    def put(cut: Any, last: Any) -> None:
+        out["logit"][row], out["last"][row] = float_of(cut), last
+
+    def draw(x: jax.Array, places: jax.Array, ids: jax.Array, here: jax.Array, cut: Any, last: Any) -> None:
+        kept = here & ((places > cut) | ((places == cut) & (ids <= last)))
+        value = jnp.where(kept, x + jnp.where(r["random"][row] > 0, gumbel(r["keys"], row, ids), 0.0), -jnp.inf)
+        out["token"][row] = jnp.min(jnp.where(kept & (value == jnp.max(value)), ids, vocab - 1))
 
     def from_list(size: int) -> None:
         lane = jnp.arange(size, dtype=jnp.int32)
@@ -54,14 +64,17 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
             weights = jnp.where(here, weigh(places, x, ids), 0.0)
             return lambda f, init: f(init, places, weights, ids)
 
-        _put(r, out, row, tokens, jnp.where(everything, 0.0, r["cell"][row, 2]))
+        cut, last = _cuts(r, row, tokens, jnp.where(everything, 0.0, r["cell"][row, 2]))
+        put(cut, last)
+        if "keys" in r:
+            pl.when(everything)(lambda: draw(x, places, ids, here, cut, last))
 
     def from_row() -> None:
         def tokens(weigh: Callable[..., jax.Array]) -> Fold:
             def fold(f: Callable[..., Any], init: Any) -> Any:
                 def body(i: Any, carry: Any) -> Any:
                     ids = i * TILE + jnp.arange(TILE, dtype=jnp.int32)
-                    x = read(r["logits"], row, ids, ids < vocab, -jnp.inf, interpret)
+                    x = read(r["logits"], row, ids, ids < vocab, -jnp.inf, interpret) * r["scale"][row]
                     places = jnp.where(ids < vocab, order(x), REST)
                     return f(carry, places, jnp.where(ids < vocab, weigh(places, x, ids), 0.0), ids)
 
@@ -69,7 +82,7 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
 
             return fold
 
-        _put(r, out, row, tokens, jnp.float32(0.0))
+        put(*_cuts(r, row, tokens, jnp.float32(0.0)))
 
     pl.when(jnp.logical_not(some))(keep_all)
     pl.when(listed & (count <= SHORT))(lambda: from_list(SHORT))
@@ -77,12 +90,11 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     pl.when(some & jnp.logical_not(listed))(from_row)
 
 
-def _put(r: Refs, out: Refs, row: Any, tokens: Tokens, above: Any) -> None:
-    """Find a row's cut.
+def _cuts(r: Refs, row: Any, tokens: Tokens, above: Any) -> tuple[Any, Any]:
+    """A row's cut, as `_cut` gives it, by one limit or both.
 
     Args:
       r: the kernel's arrays.
-      out: those that it writes.
       row: of the batch.
       tokens: that are left.
       above: what the tokens weigh that are better than these; 0 where a row has both limits.
@@ -107,8 +119,7 @@ def _put(r: Refs, out: Refs, row: Any, tokens: Tokens, above: Any) -> None:
         return _cut(fold, jnp.where(k > 0, p * both, total), above, first)
 
     first = lax.cond(k > 0, lambda: _cut(tokens(ones), total, above, everything), lambda: everything)
-    cut, last = lax.cond(p < 1, lambda: from_p(first), lambda: first)
-    out["cut"][row], out["last"][row] = float_of(cut), last
+    return lax.cond(p < 1, lambda: from_p(first), lambda: first)
 
 
 def _cut(fold: Fold, total: Any, above: Any, otherwise: tuple[Any, Any]) -> tuple[Any, Any]:

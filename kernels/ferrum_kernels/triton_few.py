@@ -4,7 +4,7 @@ With few tokens a layer is over before a long sum is: each program's inputs are 
 one output lie in different rows of the matrix units' left operand, so that different warps add them up. The right
 operand has one column per segment; of the product only the entries of a segment with itself are kept. In the down
 kernel a token's experts are segments too, so the sum over them needs no kernel of its own. The gate and up kernel
-finds its expert itself: an expert's rank among its token's is how many probabilities are ahead of its own.
+finds its expert itself, and each of its warps on its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ferrum_kernels.triton_decode import multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
 from ferrum_kernels.triton_route import find_best, load_logits, power
 
-MOST_LANES = 128  # experts whose ranks a program finds by comparing all pairs
+MOST_LANES = 128  # experts that each program chooses from by itself
 
 
 @dataclasses.dataclass(frozen=True)

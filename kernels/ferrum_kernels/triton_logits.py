@@ -23,7 +23,13 @@ Refs = dict[str, Any]
 
 
 def call_kernel(
-    interpret: bool, kernel: Any, given: Refs, out: Refs, grid: tuple[int, ...], name: str, warps: int = 4
+    interpret: bool,
+    kernel: Any,
+    given: Refs,
+    out: Refs,
+    grid: tuple[int, ...],
+    name: str,
+    warps: int = 4,
 ) -> dict[str, jax.Array]:
     """Run kernel(interpret, inputs, outputs, *program ids); gives its outputs."""
     from jax.experimental import pallas as pl
@@ -74,10 +80,10 @@ def float_of(order: jax.Array) -> jax.Array:
 
 
 def tokens(interpret: bool, r: Refs, row: Any, token: jax.Array, low: Any) -> jax.Array:
-    """The logits of some token ids; -inf in groups with nothing from `low` on."""
+    """The logits of some token ids, scaled; -inf in groups with nothing from `low` on."""
     vocab, groups = r["logits"].shape[1], r["best"].shape[1]
     best = read(r["best"], row, token // GROUP, token // GROUP < groups, -jnp.inf, interpret)
-    return read(r["logits"], row, token, (token < vocab) & (best >= low), -jnp.inf, interpret)
+    return read(r["logits"], row, token, (token < vocab) & (best >= low), -jnp.inf, interpret) * r["scale"][row]
 
 
 def parts(interpret: bool, r: Refs, row: Any, tile: Any, low: Any) -> list[tuple[Any, Any]]:

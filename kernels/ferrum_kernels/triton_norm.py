@@ -18,8 +18,7 @@ from jax import lax
 from ferrum_kernels.triton_route import power
 
 FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
-COLUMNS, FEW_WARPS = 4, 16  # experts and warps of a program of that kernel
-PARTS_UP_TO = 256  # tokens whose logits come in parts: their programs would be few, with a long sum each
+COLUMNS = 4  # experts of a program of that kernel
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -60,16 +59,11 @@ def add_norm(
         functools.partial(_norm_kernel, d, eps, interpret),
         out_shape=(out, out),
         grid=(tokens,),
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(d, y), num_stages=1),
+        # Of parts a thread has so few numbers that their loads are all under way at once.
+        compiler_params=plgpu.CompilerParams(num_warps=4 if d <= 1024 else 8 if y.ndim == 2 else 16, num_stages=1),
         interpret=interpret,
         name="add_norm",
     )(x, y, stack, index)
-
-
-def _warps(d: int, y: jax.Array) -> int:
-    """Warps of a program: with many parts so many that a thread has few numbers, whose loads then are all under way."""
-    parts = y.shape[0] if y.ndim == 3 else 1
-    return max(8 if d > 1024 else 4, min(32, power(d) * power(parts) // 512))
 
 
 def _norm_kernel(
@@ -114,10 +108,15 @@ def add_norm_route(
         functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
         out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32)),
         grid=(-(-experts // COLUMNS),),
-        compiler_params=plgpu.CompilerParams(num_warps=FEW_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_few_warps(d), num_stages=1),
         interpret=interpret,
         name="add_norm_route",
     )(x, y, weights, routers, index)
+
+
+def _few_warps(d: int) -> int:
+    """So many that a thread has few numbers, whose loads are all under way at once."""
+    return min(32, max(4, power(d) // 64))
 
 
 def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *refs: Any) -> None:
@@ -146,12 +145,12 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
 
 def logit_parts(tokens: int) -> int:
     """In how many parts the logits of some tokens come."""
-    return 1 if tokens <= FEW else _router_cut(tokens)[3]
+    return 1 if tokens <= FEW else _router_cut(tokens)[1]
 
 
-def _router_cut(tokens: int) -> tuple[int, int, int, int]:
-    """Tokens, experts and segments of the inputs of a program, and parts of the inputs, each a program's."""
-    return (16, 16, 2, 8) if tokens <= PARTS_UP_TO else (64, 64, 1, 1)
+def _router_cut(tokens: int) -> tuple[int, int]:
+    """Tokens, and as many experts, of a program; parts that the inputs are cut into, as few programs have long sums."""
+    return (16, 8) if tokens <= 256 else (64, 1)
 
 
 def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.Array:
@@ -161,52 +160,38 @@ def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.
 
     tokens, experts = x.shape[0], router.shape[-2]
     routers, index = _stack(router, layer, 2)
-    # Few programs wait for memory: each reads several segments of the inputs at a time.
-    rows, columns, segments, parts = _router_cut(tokens)
+    size, parts = _router_cut(tokens)
     logits = pl.pallas_call(
-        functools.partial(_route_kernel, rows, columns, segments, interpret),
+        functools.partial(_route_kernel, size, interpret),
         out_shape=jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32),
-        grid=(-(-experts // columns), -(-tokens // rows), parts),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if segments > 1 else 4),
+        grid=(-(-experts // size), -(-tokens // size), parts),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="router",
     )(x, routers, index)
     return logits[0] if parts == 1 else logits
 
 
-def _route_kernel(
-    rows: int, columns: int, segments: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any
-) -> None:
-    """Rows of all segments times columns of all segments, in one product; those of one segment count."""
+def _route_kernel(size: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any) -> None:
     from jax.experimental import pallas as pl
 
-    (tokens, d), experts, parts = x.shape, router.shape[-2], logits.shape[0]
-    each, part = -(-d // (segments * parts)), pl.program_id(2)
-    line, place = jnp.arange(segments * rows, dtype=jnp.int32), jnp.arange(columns * segments, dtype=jnp.int32)
-    row, column = pl.program_id(1) * rows + line % rows, pl.program_id(0) * columns + place // segments
-    size = min(128, max(16, power(each)))
-    dtype, index = jnp.float32 if interpret else None, layer[0]
-
-    def read(ref: Any, lead: tuple, line: jax.Array, limit: int, segment: jax.Array, lane: jax.Array) -> jax.Array:
-        start = (part * segments + segment) * each
-        at = jnp.broadcast_arrays(line[:, None], start[:, None] + lane[None, :])
-        seen = (at[0] < limit) & (lane < each)[None, :] & (at[1] < d)
-        return _load(ref, (*lead, *at), seen, dtype)
+    (parts, tokens, experts), d = logits.shape, x.shape[1]
+    index, part, each = layer[0], pl.program_id(2), -(-d // parts)
+    token, seen = _some(pl.program_id(1) * size, size, tokens, interpret)
+    expert, real = _some(pl.program_id(0) * size, size, experts, interpret)
+    width = min(128, max(16, power(each)))
+    dtype = jnp.float32 if interpret else None
 
     def multiply(i: Any, sums: jax.Array) -> jax.Array:
-        lane = i * size + jnp.arange(size, dtype=jnp.int32)
-        stream = read(x, (), row, tokens, line // rows, lane)
-        matrix = read(router, (index,), column, experts, place % segments, lane)
+        inside = i * width + jnp.arange(width, dtype=jnp.int32)
+        lane = part * each + inside
+        here = ((inside < each) & (lane < d))[None, :]
+        stream = _load(x, (token[:, None], lane[None, :]), seen[:, None] & here, dtype)
+        matrix = _load(router, (index, expert[:, None], lane[None, :]), real[:, None] & here, dtype)
         return sums + lax.dot_general(stream, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
-    sums = lax.fori_loop(0, -(-each // size), multiply, jnp.zeros((line.shape[0], place.shape[0]), jnp.float32))
-    own = (line // rows)[:, None] == (place % segments)[None, :]
-    sums = jnp.sum(jnp.where(own, sums, 0.0).reshape(segments, rows, place.shape[0]), axis=0)
-    sums = jnp.sum(sums.reshape(rows, columns, segments), axis=2)
-    token, seen = _some(pl.program_id(1) * rows, rows, tokens, interpret)
-    expert, real = _some(pl.program_id(0) * columns, columns, experts, interpret)
-    at = tuple(jnp.broadcast_arrays(token[:, None], expert[None, :]))
-    _store(logits, (part, *at), sums, seen[:, None] & real[None, :])
+    sums = lax.fori_loop(0, -(-each // width), multiply, jnp.zeros((size, size), jnp.float32))
+    _store(logits, (part, token[:, None], expert[None, :]), sums, seen[:, None] & real[None, :])
 
 
 def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array, jax.Array]:

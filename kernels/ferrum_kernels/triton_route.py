@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 PROGRAMS = 128  # chunks that are enough to keep a GPU busy
-SUB = 64  # pairs, or blocks, that one step of a loop looks at
+SUB = 64  # pairs that a program looks at together
 
 
 def power(n: int) -> int:
@@ -99,8 +99,8 @@ def _route_kernel(s: _Statics, *refs: Any) -> None:
     lane = jnp.arange(s.lanes, dtype=jnp.int32)[None, :]
     here = token < tokens
     real = here[:, None] & (lane < s.experts)
-    row, column = jnp.broadcast_arrays(token[:, None], lane)
-    x = load_logits(logits, row, column, real)
+    at = jnp.broadcast_arrays(token[:, None], lane)
+    x = load_logits(logits, at[0], at[1], real)
     seen = here
     if s.masked:
         seen = here & (plgpu.load(refs[1].at[token], mask=here, other=0) != 0)
@@ -229,11 +229,10 @@ def _place_kernel(
     step, size = min(32, power(parts)), min(SUB, power(mine))
     inside = jnp.arange(size, dtype=jnp.int32)
 
-    def load(i: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        pair = me * mine + i * size + inside
-        here = (i * size + inside < mine) & (pair < pairs)
-        expert = plgpu.load(live.at[pair], mask=here, other=-1)
-        return pair, expert, (expert >= 0) & (expert < experts)
+    def load(first: int) -> tuple[jax.Array, jax.Array]:
+        pair = me * mine + first + inside
+        here = (first + inside < mine) & (pair < pairs)
+        return pair, plgpu.load(live.at[pair], mask=here, other=-1)
 
     def add(i: Any, sums: Any) -> Any:
         chunk = i * step + jnp.arange(step, dtype=jnp.int32)
@@ -241,9 +240,9 @@ def _place_kernel(
         n = plgpu.load(counts.at[at[0], at[1]], mask=at[0] < parts, other=0)
         return sums[0] + jnp.sum(n, axis=0), sums[1] + jnp.sum(jnp.where(at[0] < me, n, 0), axis=0)
 
-    first = load(0)
+    some = [load(first) for first in range(0, mine, size)]
     none = jnp.zeros((lanes,), jnp.int32)
-    total, before = lax.fori_loop(0, -(-parts // step), add, (none, none)) if parts > step else add(0, (none, none))
+    total, before = lax.fori_loop(0, -(-parts // step), add, (none, none))
     block = sizes[-1]
     full = lax.div(total, jnp.full_like(total, block))
     left = total - full * block
@@ -254,8 +253,8 @@ def _place_kernel(
         classes.append((low, high, have, ahead))
         ahead = ahead + jnp.sum(have)
 
-    def write(loaded: tuple[jax.Array, jax.Array, jax.Array], before: jax.Array) -> None:
-        pair, expert, real = loaded
+    for pair, expert in some:
+        real = (expert >= 0) & (expert < experts)
         own, less = expert[:, None] == lane[None, :], lane[None, :] < expert[:, None]
 
         def of(hit: jax.Array, values: jax.Array) -> jax.Array:
@@ -265,24 +264,15 @@ def _place_kernel(
         rank = of(own, before) + jnp.sum(jnp.where(earlier, 1, 0), axis=1)
         to = of(less, total) + rank
         plgpu.store(order.at[jnp.where(real, to, pairs)], pair, mask=real)
-        begins = real & (lax.rem(rank, jnp.full_like(rank, block)) == 0)
+        nth = lax.div(rank, jnp.full_like(rank, block))
+        begins = real & (nth * block == rank)
         rows, at = jnp.minimum(of(own, total) - rank, block), jnp.full_like(rank, blocks)
         for low, high, have, larger in classes:
-            own_before = lax.div(rank, jnp.full_like(rank, block)) if high == block else 0
-            at = jnp.where(begins & (rows > low) & (rows <= high), larger + of(less, have) + own_before, at)
-        values = expert, to, rows
-        for table, value in zip(tables, values, strict=True):
+            index = larger + of(less, have) + (nth if high == block else 0)
+            at = jnp.where(begins & (rows > low) & (rows <= high), index, at)
+        for table, value in zip(tables, (expert, to, rows), strict=True):
             plgpu.store(table.at[at], value, mask=begins)
-
-    def turn(i: Any, before: jax.Array) -> jax.Array:
-        loaded = load(i)
-        write(loaded, before)
-        return before + jnp.sum(jnp.where((loaded[1][:, None] == lane[None, :]) & loaded[2][:, None], 1, 0), axis=0)
-
-    if mine <= size:
-        write(first, before)
-    else:
-        lax.fori_loop(0, -(-mine // size), turn, before)
+        before = before + jnp.sum(jnp.where(own & real[:, None], 1, 0), axis=0)
 
     # Blocks that nobody needs, of which each program writes some.
     share = -(-blocks // parts)

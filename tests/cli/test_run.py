@@ -25,7 +25,8 @@ GOLDEN = np.load(ROOT / "tests" / "golden" / "tales-13m-gptq-int4.npz")
 TOKENIZER = Tokenizer.from_folder(DEMO_FOLDER)
 PROMPT = TOKENIZER.decode(GOLDEN["ids_0"])
 EXACT = ("--dtype", "float32")  # as the reference tokens were made
-SLOW = ("--implementation", "reference")  # still writing when Ctrl-C comes
+# Still writing when Ctrl-C comes, a quarter of a minute at least, and compiled already by other tests.
+LONG, SLOWLY = ("--max-tokens", "2000"), {"FERRUM_JAX_CPU_ISA": "portable"}
 
 
 def answer(capsys, *arguments: str) -> dict:
@@ -139,10 +140,10 @@ def test_warnings_about_a_checkpoint_are_lines(tmp_path, capsys):
 def test_ctrl_c_ends_an_answer_with_130():
     terminal.heed_interrupts()
     process = subprocess.Popen(
-        [*terminal.COMMAND, "run", "demo", "Once upon a time", "--max-tokens", "400", *SLOW],
+        [*terminal.COMMAND, "run", "demo", "Once upon a time", *LONG],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=terminal.environment(),
+        env=terminal.environment(**SLOWLY),
     )
     assert process.stdout
     assert process.stdout.read(4)
@@ -184,7 +185,7 @@ def test_a_conversation_of_texts():
 
 
 def test_ctrl_c_in_a_conversation_stops_the_answer_and_twice_leaves():
-    with Terminal("run", "demo", "--max-tokens", "400", *SLOW, NO_COLOR="1") as screen:
+    with Terminal("run", "demo", *LONG, **SLOWLY, NO_COLOR="1") as screen:
         screen.wait_for("\n> ")
         screen.interrupt()
         screen.wait_for("Ctrl-C again leaves.\r\n> ")

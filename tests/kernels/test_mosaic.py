@@ -74,8 +74,8 @@ def test_few_tokens_stay_with_triton():
 
 
 def test_blocks_grow_with_the_load():
-    cuts = [mosaic.rings(8 * tokens, 128) or () for tokens in (64, 128, 256, 512, 4096)]
-    assert [[ring.block for ring in cut] for cut in cuts] == [[32, 32], [32, 32], [32, 32], [64, 64], [128, 128]]
+    cuts = [mosaic.rings(8 * tokens, 128) or () for tokens in (64, 128, 256, 512, 1024, 4096)]
+    assert [[ring.block for ring in cut] for cut in cuts] == [[n, n] for n in (32, 32, 32, 64, 96, 128)]
     # The registers of four warpgroups hold one part each, and shared memory the ring and what is written.
     for ring in {ring for cut in cuts for ring in cut}:
         assert ring.parts == 1 or ring.warpgroups == 2

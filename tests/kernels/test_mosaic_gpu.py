@@ -89,11 +89,14 @@ def test_vmap_over_layers_of_tokens():
     rng = np.random.default_rng()
     x = jnp.asarray(rng.standard_normal((3, 77, WIDTH)), jnp.bfloat16)
     logits = jnp.asarray(rng.standard_normal((3, 77, E)))
-    live, weights, y = jax.vmap(lambda x, logits: run(x, logits, None, stacks, SMALL))(x, logits)
+    batched = jax.vmap(lambda x, logits: run(x, logits, None, stacks, SMALL))
+    live, weights, y = batched(x, logits)
+    assert (batched(x, logits)[2] == y).all()
     for i in range(3):
         picked = np.asarray(x)[i, :40], np.asarray(live)[i, :40], np.asarray(weights)[i, :40]
         assert relative(y[i, :40], expert_layer(*picked, dense_up, dense_down)) < THREE_ROUNDINGS
-        assert (run(x[i], logits[i], None, stacks, SMALL)[2] == y[i]).all()
+        alone = run(x[i], logits[i], None, stacks, SMALL)[2]  # XLA may add a token's pairs up in another order
+        assert relative(y[i], np.asarray(alone, np.float64)) < ONE_ROUNDING
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["rows", "weights", "both"])
@@ -108,6 +111,34 @@ def test_vmap_over_products_with_one_matrix(axes):
     expected = np.asarray(x, np.float64) @ (dense if axes[1] == 0 else dense[0])
     assert y.shape == (count, 600, WIDTH)
     assert relative(y, expected) < ONE_ROUNDING
+
+
+@pytest.fixture
+def compiled_anew():
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parametrize("tokens", [512, 1024, 4096])
+def test_the_assembler_lets_products_run_while_others_are_decoded(tokens, capfd, monkeypatch):
+    """With too few registers ptxas has every wgmma waited for, which shows in nothing but the time and its messages."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    how = mosaic.rings(8 * tokens, 128)
+    assert how is not None
+    stacks, *_ = layer()
+    x, live = jnp.zeros((91, WIDTH), jnp.bfloat16), jnp.zeros((91, K), jnp.int32)
+    weights = jnp.zeros(live.shape)
+
+    def both(x, live, weights):
+        return mosaic.run_experts(x, live, weights, None, stacks[0], stacks[1], 1, how[0], how[1])
+
+    jax.jit(both).lower(x, live, weights).compile()
+    said = "".join(capfd.readouterr())
+    assert said.count("Compiling entry function") == 2
+    assert not {code for code in ("C7510", "C7511", "C7512", "C7513", "C7517", "serialized") if code in said}
 
 
 @pytest.mark.parametrize("ring", mosaic.MATRIX_RINGS)

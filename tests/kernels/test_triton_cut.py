@@ -11,7 +11,7 @@ import pytest
 
 from ferrum_jax.errors import BackendError
 from ferrum_jax.sampling_filters import draw_best, keep_best
-from ferrum_kernels import triton, triton_cut, triton_draw
+from ferrum_kernels import triton, triton_draw
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda, normal
 
 pytestmark = [
@@ -109,7 +109,7 @@ def test_draws_the_tokens_that_the_portable_operations_draw(logits):
         limits = jnp.zeros(8, jnp.int32), jnp.ones(8)
         drawn = jax.jit(draw_best).lower(logits, *limits, jnp.zeros((8, 2), jnp.uint32), jnp.ones(8)).compile()
     k, p = jnp.array([0, 30, 0, 4500, 40, 0, 0, 7]), jnp.array([1, 0.9, 0.9, 1, 1, 0.5, 1, 0.6])
-    temperature, rows = jnp.array([1.0, 1, 1, 1, 0, 1, 0, 1]), jnp.asarray(logits)
+    temperature, rows = jnp.array([1.0, 0.5, 1, 1, 0, 2, 0, 1]), jnp.asarray(logits)
     for seed in range(20):
         keys = jnp.asarray(np.random.default_rng(seed).integers(0, 2**32, (8, 2), np.uint32))
         expected = draw_best(rows, k, p, keys, temperature)
@@ -128,7 +128,7 @@ def test_gradients_pass_by_the_search(logits):
 
 def test_lowers_for_cuda():
     def draw(logits, k, p, keys):
-        return triton_draw.draw(logits, triton_cut.find(logits, k, p, False), keys, p < 1, False)
+        return triton_draw.draw(logits, p, k, p, keys, k, False)
 
     arguments = jnp.zeros((2, 151_936)), jnp.zeros(2, jnp.int32), jnp.ones(2), jnp.zeros((2, 2), jnp.uint32)
     assert lower_for_cuda(draw, *arguments).count("stablehlo.custom_call") == 8
