@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jaxtyping import TypeCheckError, install_import_hook
@@ -28,6 +30,7 @@ except TypeCheckError:
 """
 
 
+@pytest.mark.once
 def test_the_model_runs_with_its_annotations_checked() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

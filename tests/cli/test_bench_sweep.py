@@ -44,6 +44,7 @@ def report(sizes: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, d
     return str(path), json.loads(out.getvalue())
 
 
+@pytest.mark.once
 def test_a_row_for_every_batch_and_context_and_one_for_every_prompt(report: tuple[str, dict[str, Any]]) -> None:
     _, found = report
     assert [(row["context"], row["batch"]) for row in found["decode"]] == [(8, 1), (8, 2), (20, 1), (20, 2)]
@@ -71,6 +72,7 @@ def test_a_row_for_every_batch_and_context_and_one_for_every_prompt(report: tupl
     )
 
 
+@pytest.mark.once
 def test_text_for_people_and_a_comparison(
     sizes: str, report: tuple[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +90,7 @@ def test_text_for_people_and_a_comparison(
     assert "\nroofline" not in out  # not known on a CPU
 
 
+@pytest.mark.once
 def test_rows_draw_tokens_of_their_own(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--context", "8", "--batch", "8", "--new-tokens", "6", "--repeats", "1", "--temperature", "100"]
     assert main(["bench", "--synthetic", sizes, "--layers", "1", *arguments, "--json"]) == 0
@@ -95,6 +98,7 @@ def test_rows_draw_tokens_of_their_own(sizes: str, capsys: pytest.CaptureFixture
     assert 5 < found["decode"][0]["distinct_tokens"] <= 8 and found["temperature"] == 100
 
 
+@pytest.mark.once
 def test_a_cache_in_int8_is_smaller(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--layers", "1", "--context", "24", "--new-tokens", "2", "--repeats", "1", "--dtype", "float32"]
     lines = []
@@ -108,6 +112,7 @@ def test_a_cache_in_int8_is_smaller(sizes: str, capsys: pytest.CaptureFixture[st
     assert codes["live_cache_bytes"] < 0.6 * full["live_cache_bytes"]
 
 
+@pytest.mark.once
 def test_a_report_against_itself_has_ratios_of_one(report: tuple[str, dict[str, Any]]) -> None:
     path, found = report
     compared = bench_compare.compare(found, bench_compare.read_report(path))
@@ -130,6 +135,7 @@ def test_one_shape_is_compared_too(sizes: str, tmp_path: Any, capsys: pytest.Cap
     assert rows["decode, layers 3 prompt_tokens 4 new_tokens 3 batch 1"]["tokens_per_second"] > 0
 
 
+@pytest.mark.once
 def test_rows_that_do_not_fit_say_so_and_the_others_are_measured(
     sizes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +256,7 @@ def test_bytes_of_a_step_are_those_of_the_leaves_it_reads() -> None:
     assert decode_bytes(cfg, params, 10**6, 1)["weights"] == pytest.approx(rest + experts)
 
 
+@pytest.mark.once
 def test_experts_are_counted_where_rows_send_their_last_token() -> None:
     model = fj.load("demo", quiet=True, weight_cache=False)
     same, different = [[5, 6, 7]] * 8, np.random.default_rng(0).integers(0, 4096, (8, 3)).tolist()

@@ -86,6 +86,7 @@ def test_the_check_stops_what_is_wrong(stacks, monkeypatch, spoil, message):
 
 @ignore_deprecation
 @needs_pallas
+@pytest.mark.once
 def test_a_row_of_skewed_routing_has_its_own_floor(stacks, monkeypatch):
     cfg = SimpleNamespace(hidden_size=256, moe_intermediate_size=128, num_experts=4, top_k=2, dtype="bfloat16")
     monkeypatch.setattr(gpu_table, "device", lambda: "H100")
@@ -226,6 +227,7 @@ def test_without_ncu_or_its_permission_it_says_so(tmp_path, monkeypatch, capsys)
 
 @ignore_deprecation
 @needs_pallas
+@pytest.mark.once
 def test_what_the_sanitizer_watches_is_right():
     small = script("small_shapes")
     rng = np.random.default_rng(0)

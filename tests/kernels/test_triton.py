@@ -165,8 +165,18 @@ def layer_of(case: int):
     return tile(a), tile(b), dense_a, dense_b
 
 
-@pytest.mark.parametrize("case", [0, 1, 2])
-@pytest.mark.parametrize("tokens", [1, 3, 40])  # few tokens, then small blocks, several blocks per expert
+# Few tokens, then small blocks, then several blocks per expert.
+layers_and_tokens = pytest.mark.parametrize(
+    ("case", "tokens"),
+    [
+        pytest.param(case, tokens, marks=() if (case, tokens) in ((0, 1), (1, 40), (2, 3)) else pytest.mark.once)
+        for case in (0, 1, 2)
+        for tokens in (1, 3, 40)
+    ],
+)
+
+
+@layers_and_tokens
 def test_an_expert_layer(case, tokens):
     gate_up, down, dense_up, dense_down = layer_of(case)
     rng = np.random.default_rng(tokens)
@@ -180,8 +190,7 @@ def test_an_expert_layer(case, tokens):
     assert relative(y, expert_layer(np.asarray(x), ids, weights, dense_up, dense_down)) < TWO_ROUNDINGS
 
 
-@pytest.mark.parametrize("case", [0, 1, 2])
-@pytest.mark.parametrize("tokens", [1, 3, 40])  # few tokens, then blocks
+@layers_and_tokens
 def test_a_layer_that_routes(case, tokens):
     """Whatever kernels a load takes, the layer is the routing's experts on their tokens."""
     gate_up, down, dense_up, dense_down = layer_of(case)
