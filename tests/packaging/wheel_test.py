@@ -36,6 +36,8 @@ assert len(texts) == 1 and texts[0].strip(), texts
 print("fj", fj.__version__, "wrote:", texts[0])
 """
 
+INSTALL = ("-m", "pip", "install", "-qq", "--no-compile")  # most modules are never imported
+
 
 def say(text: str) -> None:
     print(f"-- {text}", flush=True)
@@ -104,7 +106,7 @@ def main() -> None:
         say("building the sdist, the wheel from it, and a wheel as where no compiler is")
         builder = folder / "builder" / "bin" / "python"
         run(sys.executable, "-m", "venv", folder / "builder", cwd=folder)
-        run(builder, "-m", "pip", "install", "-qq", *build_requirements(), "cmake", "ninja", cwd=folder)
+        run(builder, *INSTALL, *build_requirements(), "cmake", "ninja", cwd=folder)
         build = (builder, "-m", "build", "--no-isolation")
         path = os.pathsep.join([str(builder.parent), os.environ["PATH"]])
         run(*build, "--outdir", folder, ROOT, cwd=folder, quiet=True, PATH=path, SKBUILD_WHEEL_CMAKE="true")
@@ -120,7 +122,7 @@ def main() -> None:
         run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
         bin_folder = folder / "venv" / "bin"
         python = bin_folder / "python"
-        run(python, "-m", "pip", "install", "-qq", f"{wheel}[test]", "kernels", cwd=folder)
+        run(python, *INSTALL, f"{wheel}[test]", "kernels", cwd=folder)
         run(python, "-m", "pip", "check", cwd=folder)
         for place in (folder, ROOT):
             run(python, "-c", "import kernels; kernels.get_kernel", cwd=place)
@@ -135,7 +137,7 @@ def main() -> None:
         run(python, "-m", "pytest", *SUBSET, cwd=elsewhere)
 
         say("the wheel without the CPU kernels says so, and computes the same")
-        run(python, "-m", "pip", "install", "-qq", "--force-reinstall", "--no-deps", pure, cwd=folder)
+        run(python, *INSTALL, "--force-reinstall", "--no-deps", pure, cwd=folder)
         said = run(bin_folder / "ferrum-jax", "doctor", cwd=folder, quiet=True)
         check("Install a C++ compiler (" in said and "verdict     ready" in said, said)
         run(python, "-m", "pytest", "-m", "not slow", *WITHOUT_KERNELS, cwd=elsewhere)
