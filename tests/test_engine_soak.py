@@ -121,6 +121,7 @@ def model() -> Model:
     return fj.load("demo", dtype="float32", quiet=True)
 
 
+@pytest.mark.once
 def test_a_short_soak(model: Model) -> None:
     counts = soak(model, 150, overlap=True)
     assert counts["ended"] > 15 and counts["cancelled"] > 0 and counts["preemptions"] > 0
