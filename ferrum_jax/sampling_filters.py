@@ -150,15 +150,16 @@ def _run(by_kernels: Callable[..., Array], portably: Callable[..., Array], name:
     return lax.platform_dependent(*given, cuda=by_kernels, default=portably)
 
 
-def _limits(logits: Array, k: Array | None, p: Array | None) -> tuple[Array, Array]:
+def _find(logits: Array, scale: Array | None, k: Array | None, p: Array | None) -> triton_cut.Cuts:
     rows = logits.shape[:1]
+    scale = jnp.ones(rows, jnp.float32) if scale is None else scale
     k, p = jnp.zeros(rows, jnp.int32) if k is None else k, jnp.ones(rows, jnp.float32) if p is None else p
-    return k.astype(jnp.int32), p.astype(jnp.float32)
+    given = lax.stop_gradient(logits), scale, k.astype(jnp.int32), p.astype(jnp.float32)
+    return triton_cut.find(*given, triton.is_interpreted())
 
 
 def _keep_by_kernels(logits: Array, k: Array | None, p: Array | None) -> Array:
-    ones = jnp.ones(logits.shape[:1], jnp.float32)
-    cut, last, *_ = triton_cut.find(lax.stop_gradient(logits), ones, *_limits(logits, k, p), triton.is_interpreted())
+    cut, last, _ = _find(logits, None, k, p)
     stay = (logits > cut[:, None]) | ((logits == cut[:, None]) & (positions(logits) <= last[:, None]))
     return jnp.where(stay, logits, -jnp.inf)
 
@@ -166,8 +167,7 @@ def _keep_by_kernels(logits: Array, k: Array | None, p: Array | None) -> Array:
 def _draw_by_kernels(logits: Array, k: Array | None, p: Array | None, keys: Array, temperature: Array) -> Array:
     random = temperature > 0
     scale = 1 / jnp.where(random, temperature, jnp.ones_like(temperature))
-    given = lax.stop_gradient(logits), scale, *_limits(logits, k, p), keys, random.astype(jnp.int32)
-    return triton_draw.draw(*given, triton.is_interpreted())
+    return triton_draw.draw(logits, scale, _find(logits, scale, k, p), keys, random, triton.is_interpreted())
 
 
 def _draw_portably(logits: Array, k: Array | None, p: Array | None, keys: Array, temperature: Array) -> Array:

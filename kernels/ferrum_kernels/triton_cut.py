@@ -36,7 +36,7 @@ from ferrum_kernels.triton_logits import (
 STEP = 512  # tokens that are weighed at a time
 BOUNDS = 16  # logits that a pass weighs
 COARSE = 16  # bits that the bounds of a row have
-FEW = LIST // 8  # groups whose tokens from the lower bound on are taken to fit the list
+FEW = LIST // 16  # groups whose tokens from the lower bound on are taken to fit the list
 
 
 class Cuts(NamedTuple):
@@ -46,23 +46,14 @@ class Cuts(NamedTuple):
       logit: float32 [B].
       last: int32 [B].
       best: float32 [B, groups], the best logit of each GROUP tokens.
-      token: int32 [B], drawn of those that stay, or -1 where that is left to do.
     """
 
     logit: jax.Array
     last: jax.Array
     best: jax.Array
-    token: jax.Array
 
 
-def find(
-    logits: jax.Array,
-    scale: jax.Array,
-    k: jax.Array,
-    p: jax.Array,
-    interpret: bool,
-    noise: tuple[jax.Array, jax.Array] | None = None,
-) -> Cuts:
+def find(logits: jax.Array, scale: jax.Array, k: jax.Array, p: jax.Array, interpret: bool) -> Cuts:
     """Where the k best tokens end, and of those the best that reach probability p.
 
     Args:
@@ -71,7 +62,6 @@ def find(
       k: int32 [B]; 0 for all.
       p: float32 [B]; 1 or more for all.
       interpret: run without a GPU.
-      noise: keys uint32 [B, 2] and, int32 [B], where there is some: with them tokens are drawn from lists.
 
     """
     rows, vocab = logits.shape
@@ -96,11 +86,8 @@ def find(
     left = {"left": numbers((rows, LIST)), "ids": whole((rows, LIST))}
     given |= call(_list_kernel, given, left, (rows, tiles), "cut_list")
     given.pop("best")
-    if noise is not None:
-        given["keys"], given["random"] = noise
-    out = {"logit": numbers((rows,)), "last": whole((rows,)), "token": whole((rows,))}
-    found = call(find_kernel, given, out, (rows,), "cut_find", warps=8)
-    return Cuts(best=best, **found)
+    found = call(find_kernel, given, {"cut": numbers((rows,)), "last": whole((rows,))}, (rows,), "cut_find", 8)
+    return Cuts(found["cut"], found["last"], best)
 
 
 def _group_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> None:
@@ -137,18 +124,19 @@ def _bound_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     k, p = r["k"][row], r["p"][row]
     total = jnp.where(k > 0, k.astype(jnp.float32), jnp.where(p < 1, p * weight, jnp.inf))
     one = jnp.where(k > 0, 1.0, one)
+    all_of = jnp.where(k > 0, float(GROUP), all_of)
     places = jnp.where(best > -jnp.inf, order(best), TOP)
 
-    def search(weights: jax.Array) -> Any:
-        def bit(i: Any, cut: Any) -> Any:
-            higher = cut | (jnp.int32(1) << (31 - i))
-            return jnp.where(jnp.sum(jnp.where(places >= higher ^ TOP, weights, 0.0)) >= total, higher, cut)
+    which = jnp.arange(2, dtype=jnp.int32)
+    weights = jnp.where(which[:, None] == 0, one[None, :], all_of[None, :])
 
-        return lax.fori_loop(0, COARSE, bit, jnp.int32(0))
+    def bit(i: Any, cuts: jax.Array) -> jax.Array:
+        higher = cuts | (jnp.int32(1) << (31 - i))
+        reached = jnp.sum(jnp.where(places[None, :] >= (higher ^ TOP)[:, None], weights, 0.0), axis=1) >= total
+        return jnp.where(reached, higher, cuts)
 
-    low = search(one)
-    # Of counted tokens a group says little: any may have as many as stay.
-    high = lax.cond(k > 0, lambda: order(most) ^ TOP, lambda: search(all_of))
+    cuts = lax.fori_loop(0, COARSE, bit, jnp.zeros((2,), jnp.int32))
+    low, high = (jnp.sum(jnp.where(which == i, cuts, 0)) for i in range(2))
     high = (high | np.int32(2 ** (32 - COARSE) - 1)) ^ TOP  # the cut is not above
     low = lax.max(low ^ TOP, order(least))
     few = jnp.sum(jnp.where(places >= low, 1, 0)) <= FEW

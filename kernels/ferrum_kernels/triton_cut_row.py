@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.triton_logits import LIST, REST, TILE, TOP, Refs, float_of, order, read
-from ferrum_kernels.triton_noise import gumbel
 
 SHORT = 512  # tokens of a list that is soon added up
+DIGIT = 4  # bits of its cut that are found at once
 
 # (f, init) -> the last of f(carry, places in the order of logits, weights, token ids) over some tokens.
 Fold = Callable[[Callable[..., Any], Any], Any]
@@ -31,7 +31,7 @@ def counts(interpret: bool, r: Refs, row: Any, before: Any) -> tuple[Any, Any, A
 
 
 def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
-    """The cut of a row, from its list or, where that does not do, from all of the row; and a token of a whole list."""
+    """The cut of a row, from its list or, where that does not do, from all of the row."""
     from jax.experimental import pallas as pl
 
     least, total, high = r["facts"][row, 1], r["facts"][row, 2], r["cell"][row, 1]
@@ -40,18 +40,9 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     some = (total < jnp.inf) & (high > least)
     listed = some & (count <= LIST) & (everything | jnp.logical_not(both))
     vocab = r["logits"].shape[1]
-    out["token"][row] = jnp.int32(-1)
 
     def keep_all() -> None:
-        out["logit"][row], out["last"][row] = jnp.where(some, high, -jnp.inf), jnp.where(some, 0, vocab)
-
-    def put(cut: Any, last: Any) -> None:
-        out["logit"][row], out["last"][row] = float_of(cut), last
-
-    def draw(x: jax.Array, places: jax.Array, ids: jax.Array, here: jax.Array, cut: Any, last: Any) -> None:
-        kept = here & ((places > cut) | ((places == cut) & (ids <= last)))
-        value = jnp.where(kept, x + jnp.where(r["random"][row] > 0, gumbel(r["keys"], row, ids), 0.0), -jnp.inf)
-        out["token"][row] = jnp.min(jnp.where(kept & (value == jnp.max(value)), ids, vocab - 1))
+        out["cut"][row], out["last"][row] = jnp.where(some, high, -jnp.inf), jnp.where(some, 0, vocab)
 
     def from_list(size: int) -> None:
         lane = jnp.arange(size, dtype=jnp.int32)
@@ -64,10 +55,7 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
             weights = jnp.where(here, weigh(places, x, ids), 0.0)
             return lambda f, init: f(init, places, weights, ids)
 
-        cut, last = _cuts(r, row, tokens, jnp.where(everything, 0.0, r["cell"][row, 2]))
-        put(cut, last)
-        if "keys" in r:
-            pl.when(everything)(lambda: draw(x, places, ids, here, cut, last))
+        _put(r, out, row, tokens, jnp.where(everything, 0.0, r["cell"][row, 2]), DIGIT if size == SHORT else 1)
 
     def from_row() -> None:
         def tokens(weigh: Callable[..., jax.Array]) -> Fold:
@@ -82,7 +70,7 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
 
             return fold
 
-        put(*_cuts(r, row, tokens, jnp.float32(0.0)))
+        _put(r, out, row, tokens, jnp.float32(0.0), 1)
 
     pl.when(jnp.logical_not(some))(keep_all)
     pl.when(listed & (count <= SHORT))(lambda: from_list(SHORT))
@@ -90,14 +78,16 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     pl.when(some & jnp.logical_not(listed))(from_row)
 
 
-def _cuts(r: Refs, row: Any, tokens: Tokens, above: Any) -> tuple[Any, Any]:
-    """A row's cut, as `_cut` gives it, by one limit or both.
+def _put(r: Refs, out: Refs, row: Any, tokens: Tokens, above: Any, bits: int) -> None:
+    """Find a row's cut.
 
     Args:
       r: the kernel's arrays.
+      out: those that it writes.
       row: of the batch.
       tokens: that are left.
       above: what the tokens weigh that are better than these; 0 where a row has both limits.
+      bits: of the cut that are found at once.
     """
     k, p, most, total = r["k"][row], r["p"][row], r["facts"][row, 0], r["facts"][row, 2]
 
@@ -116,26 +106,34 @@ def _cuts(r: Refs, row: Any, tokens: Tokens, above: Any) -> tuple[Any, Any]:
 
         fold = tokens(likely)
         both = fold(lambda carry, places, weights, ids: carry + jnp.sum(weights), jnp.float32(0.0))
-        return _cut(fold, jnp.where(k > 0, p * both, total), above, first)
+        return _cut(fold, jnp.where(k > 0, p * both, total), above, first, bits)
 
-    first = lax.cond(k > 0, lambda: _cut(tokens(ones), total, above, everything), lambda: everything)
-    return lax.cond(p < 1, lambda: from_p(first), lambda: first)
+    first = lax.cond(k > 0, lambda: _cut(tokens(ones), total, above, everything, bits), lambda: everything)
+    cut, last = lax.cond(p < 1, lambda: from_p(first), lambda: first)
+    out["cut"][row], out["last"][row] = float_of(cut), last
 
 
-def _cut(fold: Fold, total: Any, above: Any, otherwise: tuple[Any, Any]) -> tuple[Any, Any]:
+def _cut(fold: Fold, total: Any, above: Any, otherwise: tuple[Any, Any], bits: int) -> tuple[Any, Any]:
     """The place of the logit at the cut and the last token id at it that stays; `otherwise` if all weigh too little."""
 
-    def added(reaches: Callable[[jax.Array], jax.Array]) -> Any:
+    def added(reaches: Callable[[jax.Array], jax.Array], shape: tuple[int, ...] = ()) -> Any:
         def add(carry: Any, places: jax.Array, weights: jax.Array, ids: jax.Array) -> Any:
-            return carry + jnp.sum(jnp.where(reaches(places), weights, 0.0))
+            return carry + jnp.sum(jnp.where(reaches(places), weights, 0.0), axis=-1)
 
-        return above + fold(add, jnp.float32(0.0))
+        return above + fold(add, jnp.zeros(shape, jnp.float32))
 
-    def bit(i: Any, cut: Any) -> Any:
-        higher = cut | (jnp.int32(1) << (31 - i))
-        return jnp.where(added(lambda places: places >= higher ^ TOP) >= total, higher, cut)
+    def digit(i: Any, cut: Any) -> Any:
+        shift = 32 - bits - bits * i
+        if bits == 1:
+            higher = cut | (jnp.int32(1) << shift)
+            return jnp.where(added(lambda places: places >= higher ^ TOP) >= total, higher, cut)
+        digits = jnp.arange(1 << bits, dtype=jnp.int32)
+        candidates = (cut | (digits << shift)) ^ TOP
+        sums = added(lambda places: places[None, :] >= candidates[:, None], digits.shape)
+        # A higher cut weighs less, so the digit is how many are reached.
+        return cut | (jnp.sum(jnp.where((sums >= total) & (digits > 0), 1, 0)) << shift)
 
-    cut = lax.fori_loop(0, 32, bit, jnp.int32(0)) ^ TOP
+    cut = lax.fori_loop(0, 32 // bits, digit, jnp.int32(0)) ^ TOP
     before = added(lambda places: places > cut)
 
     def stay(carry: tuple[Any, Any], places: jax.Array, weights: jax.Array, ids: jax.Array) -> tuple[Any, Any]:

@@ -23,13 +23,7 @@ Refs = dict[str, Any]
 
 
 def call_kernel(
-    interpret: bool,
-    kernel: Any,
-    given: Refs,
-    out: Refs,
-    grid: tuple[int, ...],
-    name: str,
-    warps: int = 4,
+    interpret: bool, kernel: Any, given: Refs, out: Refs, grid: tuple[int, ...], name: str, warps: int = 4
 ) -> dict[str, jax.Array]:
     """Run kernel(interpret, inputs, outputs, *program ids); gives its outputs."""
     from jax.experimental import pallas as pl

@@ -11,7 +11,7 @@ import pytest
 
 from ferrum_jax.errors import BackendError
 from ferrum_jax.sampling_filters import draw_best, keep_best
-from ferrum_kernels import triton, triton_draw
+from ferrum_kernels import triton, triton_cut, triton_draw
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda, normal
 
 pytestmark = [
@@ -128,7 +128,7 @@ def test_gradients_pass_by_the_search(logits):
 
 def test_lowers_for_cuda():
     def draw(logits, k, p, keys):
-        return triton_draw.draw(logits, p, k, p, keys, k, False)
+        return triton_draw.draw(logits, p, triton_cut.find(logits, p, k, p, False), keys, p < 1, False)
 
     arguments = jnp.zeros((2, 151_936)), jnp.zeros(2, jnp.int32), jnp.ones(2), jnp.zeros((2, 2), jnp.uint32)
     assert lower_for_cuda(draw, *arguments).count("stablehlo.custom_call") == 8
