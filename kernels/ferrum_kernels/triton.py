@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -317,16 +316,9 @@ def _experts_in_blocks(
 
 def add_pairs(y: jax.Array, live: jax.Array, num_experts: int, weights: jax.Array | None = None) -> jax.Array:
     """float32 [T, D], each token's pairs [T * K, D] added up, nobody's as zero; weights [T, K] or None."""
-    y = y.reshape(*live.shape, -1)
-    real = (live >= 0) & (live < num_experts)
-
-    def pair(k: int) -> jax.Array:
-        one = y[:, k].astype(jnp.float32)
-        one = one if weights is None else one * weights[:, k, None].astype(jnp.float32)
-        return jnp.where(real[:, k, None], one, 0.0)
-
-    # Not as a reduction, for which XLA reads one number at a time.
-    return functools.reduce(jnp.add, map(pair, range(live.shape[1])))
+    y = y.reshape(*live.shape, -1).astype(jnp.float32)
+    y = y if weights is None else y * weights.astype(jnp.float32)[:, :, None]
+    return jnp.where(((live >= 0) & (live < num_experts))[:, :, None], y, 0.0).sum(1)
 
 
 MANY_PAIRS = 4096  # from here on a pair's output is written in 16 bits: writing it would take a tenth of the time

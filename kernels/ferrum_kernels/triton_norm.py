@@ -108,15 +108,10 @@ def add_norm_route(
         functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
         out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32)),
         grid=(-(-experts // COLUMNS),),
-        compiler_params=plgpu.CompilerParams(num_warps=_few_warps(d), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="add_norm_route",
     )(x, y, weights, routers, index)
-
-
-def _few_warps(d: int) -> int:
-    """So many that a thread has few numbers, whose loads are all under way at once."""
-    return min(32, max(4, power(d) // 64))
 
 
 def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *refs: Any) -> None:
