@@ -100,7 +100,7 @@ def _name_lines(
         axes.annotate(text, at, xytext=(x, y), color=color, **how)
 
     near = max(0, len(tokens) - 3)
-    name("floor: weights read once,\nor the products", (tokens[near], floor[near]), GREY, 0, -18, "center")
+    name("floor: weights read once,\nor the products", (tokens[near], floor[near]), GREY, 0, -40, "center")
     if marlin:
         name("Marlin (vLLM 0.24),\nexperts already chosen", marlin[len(marlin) // 2], ORANGE, -8, 24, "right")
     name("ferrum_jax", (tokens[0], measured[0]), BLUE, 0, -12, "left")
