@@ -151,6 +151,8 @@ class Bench(Loading):
                 numbers(option, text)
         if self.temperature and not self.is_sweep:
             raise UsageError("--temperature goes with a sweep; give --batch 1,4, --context or --prefill too.")
+        if self.compile_once and not self.is_sweep:
+            raise UsageError("--compile-once goes with a sweep; without one every program is compiled once anyway.")
         if self.temperature and not 0.001 <= self.temperature <= 100:
             raise UsageError(f"--temperature is {self.temperature}; give 0 for greedy, or 0.001 to 100.")
         if self.layers is not None and self.synthetic is None:

@@ -93,7 +93,7 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
         for row in found:
             if row.get("fits"):
                 shape = " x ".join(str(row[key]) for key in ("batch", "context", "prompt_tokens") if key in row)
-                yield f"{kind} {shape}", {key: row[key] for key in (*RATES, *SECONDS) if key in row}
+                yield f"{kind} {shape}", {key: row[key] for key in (*RATES, *SECONDS) if row.get(key) is not None}
     scalars = ("first_token_seconds", "compile_seconds", "load_seconds", "peak_memory_bytes", "parameter_bytes")
     for key in scalars:
         if report.get(key):

@@ -142,7 +142,8 @@ def own_compile_cache() -> Iterator[None]:
     config: Any = jax.config  # its options are made at run time
     wanted = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_enable_compilation_cache": True}
     before = {name: config.values[name] for name in (*wanted, "jax_compilation_cache_dir")}
-    with tempfile.TemporaryDirectory() as folder:
+    # After an interrupt XLA may still compile, and write into the folder while it is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for name, value in {**wanted, "jax_compilation_cache_dir": folder}.items():
             config.update(name, value)
         reset_cache()  # JAX remembers the folder it uses

@@ -119,6 +119,7 @@ class Status:
         if not self._quiet:
             sys.stderr.write(f"{LINE_AWAY if self._show else ''}{text}\n")
             sys.stderr.flush()
+            self._shown_at = 0.0  # the words are gone, so the next ones are shown however soon they come
 
     def clear(self) -> None:
         """Take the line away for good; harmless when it is gone."""

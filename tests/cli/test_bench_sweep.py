@@ -135,6 +135,13 @@ def test_a_report_against_itself_has_ratios_of_one(report: tuple[str, dict[str, 
     assert rows["decode 2 x 8"]["tokens_per_second"] == 2 and rows["decode 1 x 8"]["tokens_per_second"] == 1
 
 
+def test_a_report_of_lines_that_were_compiled_once_is_compared() -> None:
+    twice = {"batch": 1, "context": 8, "fits": True, "tokens_per_second": 4.0, "compile_seconds_warm": 0.5}
+    old, new = ({"decode": [row], "prefill": []} for row in (twice, {**twice, "compile_seconds_warm": None}))
+    for compared in (bench_compare.compare(new, old), bench_compare.compare(old, new)):
+        assert compared["rows"] == [{"row": "decode 1 x 8", "ratios": {"tokens_per_second": 1.0}}]
+
+
 def test_one_shape_is_compared_too(sizes: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["bench", "--synthetic", sizes, "--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "1", "--json"]
     assert main(run) == 0
@@ -217,6 +224,7 @@ def test_steps_that_do_not_fit_beside_the_cache_are_a_row_too(
         (["--context", "60", "--new-tokens", "16"], 1, "--context 60 with 16 new tokens reaches 68; .* context is 64"),
         (["--prefill", "63"], 1, "--prefill 63 and 2 new tokens need a context of 65; this model's is 64"),
         (["--temperature", "1"], 2, "--temperature goes with a sweep; give --batch 1,4, --context or --prefill too"),
+        (["--compile-once"], 2, "--compile-once goes with a sweep; without one every program is compiled once anyway"),
         (["--prefill", "4", "--temperature", "-1"], 2, "--temperature is -1.0; give 0 for greedy, or 0.001 to 100"),
         (["--compare", "absent.json"], 2, r"--compare absent.json cannot be read \(No such file"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import ferrum_jax
 from ferrum_jax import environment
 from ferrum_jax.cli import COMMANDS, main
+from ferrum_jax.cli.output import LINE_AWAY, Status
 from tests.support import terminal
 
 HELP = [["--help"], *([name, "--help"] for name in COMMANDS)]
@@ -190,3 +192,16 @@ def test_a_full_disk_is_one_sentence():
         )
     assert done.returncode == 1
     assert done.stderr == "error: reading or writing: No space left on device. Check the disk and permissions.\n"
+
+
+def test_a_line_that_stays_is_above_the_words_that_pass(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with Status("first") as status:
+        status.update("too soon")
+        status.note("stays")
+        status.update("next")
+    assert screen.getvalue() == f"{LINE_AWAY}first{LINE_AWAY}stays\n{LINE_AWAY}next{LINE_AWAY}"
