@@ -11,7 +11,7 @@ import pytest
 
 from ferrum_jax.errors import BackendError
 from ferrum_jax.sampling_filters import draw_best, keep_best
-from ferrum_kernels import triton, triton_draw
+from ferrum_kernels import triton, triton_cut, triton_draw
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda, normal
 
 pytestmark = [
@@ -36,11 +36,13 @@ def logits() -> np.ndarray:
     return rows
 
 
-@pytest.fixture(scope="module")
-def keep(logits) -> Keep:
-    """What the kernels keep; one program for all limits."""
-    with triton.interpreted():
-        run = jax.jit(keep_best).lower(jnp.asarray(logits), jnp.zeros(8, jnp.int32), jnp.ones(8)).compile()
+@pytest.fixture(scope="module", params=[triton_cut.FEW, 0], ids=["few groups", "passes"])
+def keep(request, logits) -> Keep:
+    """What the kernels keep; one program for all limits. So few groups need no passes over the row; without any do."""
+    with triton.interpreted(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_cut, "FEW", request.param)
+        anew = jax.jit(lambda *given: keep_best(*given))  # not the trace of the other constant
+        run = anew.lower(jnp.asarray(logits), jnp.zeros(8, jnp.int32), jnp.ones(8)).compile()
 
     def keep(ks: list[int] | None, ps: list[float] | None) -> np.ndarray:
         return np.asarray(run(logits, np.array(ks or [0] * 8, np.int32), np.array(ps or [1] * 8, np.float32)))
