@@ -1,4 +1,4 @@
-"""The Mosaic GPU backend of Pallas: products of 64 tokens and more on Hopper GPUs (compute capability 9.0).
+"""The Mosaic GPU backend of Pallas: expert layers and products of many rows on Hopper GPUs (compute capability 9.0).
 
 The name stands for both GPU backends: a layer, or a product with one matrix, goes to these kernels where they take
 its weights and were measured to be faster, and to the Triton kernels otherwise.

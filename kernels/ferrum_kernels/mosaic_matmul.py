@@ -1,4 +1,4 @@
-"""The product kernel of the Mosaic GPU backend, for Hopper: the experts' products of 64 tokens and more.
+"""The product kernel of the Mosaic GPU backend, for Hopper: products of experts, or of many rows with one matrix.
 
 A program stays on its multiprocessor and takes one tile after another: some outputs of a block's expert. Its last
 warpgroup copies weights and activations into a ring in shared memory; the others decode weights in registers, where

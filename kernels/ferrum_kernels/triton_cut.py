@@ -1,9 +1,9 @@
 """Where top-k and top-p cut each row of logits on the Triton backend: an exact search that reads a row a few times.
 
-One pass notes the best logit and the weight of each group of tokens. A row's groups alone bound where its cut lies; two
-more passes weigh what is above 16 logits between those bounds. The tokens that are left are put into a list, and one
-program per row finds the cut in it. Groups without a token above the lower bound are not read again. How a row is cut
-up depends on the vocabulary alone, so it gets the same sums in any batch.
+One pass notes the best logit and the weight of each group of tokens. They alone bound where a row's cut lies; where
+many groups are left, two passes weigh what is above 16 logits between the bounds. The tokens that are left are put into
+a list, in which one program per row finds the cut. Groups without a token above the lower bound are not read again. How
+a row is cut up depends on the vocabulary alone, so it gets the same sums in any batch.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def find(
     """Where the k best tokens end, and of those the best that reach probability p.
 
     Args:
-      logits: float32 [B, V].
-      scale: float32 [B], what a row's logits are multiplied by first: 1 / temperature.
-      k: int32 [B]; 0 for all.
-      p: float32 [B]; 1 or more for all.
+      logits, scale: float32 [B, V] and [B], what a row's logits are multiplied by first: 1 / temperature.
+      k, p: int32 [B], 0 for all, and float32 [B], above 0; 1 or more for all.
       interpret: run without a GPU.
       noise: keys uint32 [B, 2] and, int32 [B], where there is some: with them tokens are drawn from lists.
 
+    Returns:
+      The cuts of all rows.
     """
     rows, vocab = logits.shape
     groups, tiles = -(-vocab // GROUP), -(-vocab // TILE)

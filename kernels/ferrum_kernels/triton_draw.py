@@ -1,7 +1,7 @@
 """Draw a token of those that top-k and top-p keep, on the Triton backend: noise is made for them only.
 
-A token's noise depends on its row's key and its id, as in `ferrum_jax.sampling_stages.gumbel`, so whoever draws gets
-the same token. Groups whose best logit is below the cut are not read.
+A row whose list has all that stay has been drawn with its cut. A token's noise depends on its row's key and its id, as
+in `ferrum_jax.sampling_stages.gumbel`, whoever draws. Groups whose best logit is below the cut are not read.
 """
 
 from __future__ import annotations
