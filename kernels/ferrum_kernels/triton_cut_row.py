@@ -37,13 +37,13 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     least, total, high = r["facts"][row, 1], r["facts"][row, 2], r["cell"][row, 1]
     count, _, everything = counts(interpret, r, row, 0)
     both = (r["k"][row] > 0) & (r["p"][row] < 1)
-    some = (total < jnp.inf) & (high > least)
+    some = (total < jnp.inf) & ((high > least) | both)
     listed = some & (count <= LIST) & (everything | jnp.logical_not(both))
     vocab = r["logits"].shape[1]
     out["token"][row] = jnp.int32(-1)
 
     def keep_all() -> None:
-        out["logit"][row], out["last"][row] = jnp.where(some, high, -jnp.inf), jnp.where(some, 0, vocab)
+        out["logit"][row], out["last"][row] = jnp.float32(-jnp.inf), jnp.int32(vocab)
 
     def put(cut: Any, last: Any) -> None:
         out["logit"][row], out["last"][row] = float_of(cut), last

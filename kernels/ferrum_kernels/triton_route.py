@@ -175,8 +175,8 @@ def count(live: jax.Array, experts: int) -> jax.Array:
     tokens, top_k = live.shape
     padded = jnp.pad(live, ((0, -tokens % chunk(tokens)), (0, 0)), constant_values=-1)
     padded = padded.reshape(chunks(tokens), chunk(tokens) * top_k)
-    lane = jnp.arange(lanes, dtype=jnp.int32)
-    hit = padded[:, :, None] == jnp.where(lane < experts, lane, -2)[None, None, :]
+    lane = jnp.arange(lanes, dtype=jnp.int32)[None, None, :]
+    hit = (padded[:, :, None] == lane) & (lane < experts)
     return hit.sum(1, dtype=jnp.int32)
 
 

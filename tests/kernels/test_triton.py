@@ -300,6 +300,11 @@ def test_routing_adds_up_the_parts_of_logits(tokens):
         np.testing.assert_array_equal(one, other)
 
 
+def test_ids_that_name_nobody_are_not_counted():
+    counts = np.asarray(triton.count(jnp.asarray([[-2, 0], [5, 4], [-1, 9]]), 5)).sum(0)
+    np.testing.assert_array_equal(counts, np.eye(16, dtype=int)[[0, 4]].sum(0))
+
+
 def test_float32_is_refused():
     w, _ = make_linear(0, k=64, n=32, group_size=32)
     message = (
