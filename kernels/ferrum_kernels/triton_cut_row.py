@@ -43,7 +43,7 @@ def find_kernel(interpret: bool, r: Refs, out: Refs, row: Any) -> None:
     out["token"][row] = jnp.int32(-1)
 
     def keep_all() -> None:
-        out["logit"][row], out["last"][row] = jnp.float32(-jnp.inf), jnp.int32(vocab)
+        out["logit"][row], out["last"][row] = jnp.where(some, high, -jnp.inf), jnp.where(some, 0, vocab)
 
     def put(cut: Any, last: Any) -> None:
         out["logit"][row], out["last"][row] = float_of(cut), last
