@@ -91,7 +91,7 @@ def test_top_p_of_top_k(logits, keep, ks):
 
 
 def test_top_p_where_top_k_keeps_all(logits, keep):
-    k, p = VOCAB + 1, np.float32(0.9)  # more than there are, as after min-p
+    k, p = VOCAB + 1, float(np.float32(0.9))  # more than there are, as after min-p
     for row, kept in zip(logits, keep([k] * 8, [0.9] * 8), strict=True):
         check_top_p(row, kept, np.arange(VOCAB), p)
 
