@@ -13,36 +13,16 @@ import dataclasses
 import statistics
 import time
 from pathlib import Path
-from typing import Any, cast
 
 import jax
 import numpy as np
 from gpu_decode import CONFIGS, random_tiles
+from textless import model_of
 
 from ferrum_jax.buckets import Buckets
-from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.engine import Engine
 from ferrum_jax.sampling import SamplerPlan
-
-
-class NoText:
-    """A tokenizer of random weights: its tokens mean nothing."""
-
-    eos_token_ids = ()
-
-    def stream(self) -> NoText:
-        """Itself."""
-        return self
-
-    def push(self, token: int) -> str:
-        """No text."""
-        del token
-        return ""
-
-    def flush(self) -> str:
-        """No text."""
-        return ""
 
 
 def measure(engine: Engine, prompts: np.ndarray, new: int) -> dict[str, float]:
@@ -79,7 +59,7 @@ def main() -> None:
     cfg = load_toml_config(args.config)
     layers = args.layers or cfg.num_layers
     cfg = dataclasses.replace(cfg, num_layers=layers, moe_layers=(), sliding_windows=())
-    model = Model(cfg, random_tiles(cfg), cast(Any, NoText()), cast(Any, None))
+    model = model_of(cfg, random_tiles(cfg))
     prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, (args.requests, args.prompt))
     rows = max(1, args.read // args.prompt)
     length = 1 << (args.prompt + args.new - 1).bit_length()

@@ -53,33 +53,14 @@ class Reader:
         np.asarray(token)
 
 
-class NoText:
-    """Stands for a tokenizer, and for a stream of text, of which there is none."""
-
-    eos_token_ids = ()
-
-    def stream(self) -> NoText:
-        """The stream."""
-        return self
-
-    def push(self, token: int) -> str:
-        """No text for a token."""
-        del token
-        return ""
-
-    def flush(self) -> str:
-        """No text at the end."""
-        return ""
-
-
 def through_generate(cfg: ModelConfig, params: Any, length: int, repeats: int) -> float:
     """Milliseconds to the first token of a prompt by `generate`, as it says itself: the median of some calls."""
-    from ferrum_jax.checkpoint.load import Model
+    # The loader and what it needs are for this only.
+    from textless import model_of
+
     from ferrum_jax.generation import stream_generate
 
-    no_text: Any = NoText()
-    no_report: Any = None
-    model = Model(cfg, params, no_text, no_report)
+    model = model_of(cfg, params)
     tokens = np.random.default_rng(length).integers(cfg.vocab_size, size=length).tolist()
     times = [next(stream_generate(model, tokens, max_tokens=2)).stats.first_token_seconds for _ in range(repeats + 2)]
     return statistics.median(times[2:]) * 1e3
