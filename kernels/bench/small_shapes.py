@@ -50,11 +50,12 @@ DIALECTS = [  # bits, group size, symmetric, act-order
     (4, 32, False, True),
 ]
 PLAIN = (4, 128, True, False)  # what the Mosaic GPU kernels take
-# Four warpgroups and two, rows of one width and of several, one tile and two for a warpgroup.
+# Four warpgroups and two, rows of one width and of several, one tile and two for a warpgroup, warps together and alone.
 RINGS = [
     Ring((8,), parts=1, stages=6, lag=3, warpgroups=4),
     Ring((16, 24), parts=1, stages=8, lag=4, warpgroups=4),
     Ring((16, 32), stages=6),
+    Ring((8, 16, 32), stages=5, alone=True),
 ]
 CUTS = [  # of products in parts: of one block and of two, and with segments in the program
     triton_rows.Cut(64, 1, 4, 3, rows=16, parts=2, merge=True),

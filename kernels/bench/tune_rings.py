@@ -20,13 +20,16 @@ from ferrum_kernels.tiles import PLANE
 LOADS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
 COLUMNS = (
     *((8,), (16,), (24,), (32,), (48,), (64,), (8, 16), (8, 24), (8, 32), (16, 32), (32, 64), (64, 96), (32, 128)),
-    *((64, 128), (16, 24, 32), (16, 32, 48), (32, 64, 96), (32, 64, 128), (16, 32, 48, 64), (32, 64, 96, 128)),
+    *((64, 128), (8, 16, 32), (16, 24, 32), (16, 32, 48), (32, 64, 96), (32, 64, 128)),
+    *((8, 16, 24, 32), (16, 32, 48, 64), (32, 64, 96, 128)),
 )
 SHAPES = ((1, 2), (2, 2), (1, 4))  # parts and warpgroups
 FLIGHTS = ((4, 2), (5, 2), (6, 2), (6, 3), (8, 3), (8, 4))  # stages and lag
 NO_LAG = 2  # of down, which gathers nothing
+ALONE = ((3, 0), (4, 0), (5, 0), (6, 0))  # of warps that multiply alone, which a lag of 0 stands for; 2 parts of 2
 ALIKE = 1.02  # times that count as equal
 MOST_COLUMNS = {2: 128, 4: 32}  # that registers hold, by warpgroups
+MOST_ALONE = 32
 SHARED_MEMORY = 227 * 1024  # bytes that a program of a Hopper GPU may use
 BARRIERS = 1024  # bytes, more than enough
 
@@ -34,7 +37,7 @@ BARRIERS = 1024  # bytes, more than enough
 def ring_of(case: Case) -> Ring:
     """As the kernel takes a case's cut: parts, stages, lag, warpgroups and the columns."""
     parts, stages, lag, warpgroups, *columns = case.cut
-    return Ring(tuple(columns), parts, stages, lag, warpgroups)
+    return Ring(tuple(columns), parts, stages, lag or Ring.lag, warpgroups, alone=lag == 0)
 
 
 def refuses(d: int, f: int) -> str | None:
@@ -47,10 +50,10 @@ def refuses(d: int, f: int) -> str | None:
 def is_valid(ring: Ring) -> bool:
     """Whether a ring fits shared memory and registers."""
     stage = ring.outputs * (2 * PLANE + 2) + ring.block * 2 * GROUP
-    staging = ring.warpgroups * ring.block * 2 * RUN * 2
+    staging = 0 if ring.alone else ring.warpgroups * ring.block * 2 * RUN * 2
     return (
         ring.lag < ring.stages
-        and ring.block <= MOST_COLUMNS[ring.warpgroups]
+        and ring.block <= (MOST_ALONE if ring.alone else MOST_COLUMNS[ring.warpgroups])
         and ring.stages * stage + staging + BARRIERS <= SHARED_MEMORY
     )
 
@@ -69,8 +72,9 @@ def ring_cases(
             blocks.add(columns[-1])
             for parts, warpgroups in SHAPES:
                 for product, k, n in (("ring_up", d, 2 * f), ("ring_down", f, d)):
-                    lags = FLIGHTS if product == "ring_up" else sorted({(stages, NO_LAG) for stages, _ in FLIGHTS})
-                    made = [Case(product, k, n, pairs, (parts, *flight, warpgroups, *columns)) for flight in lags]
+                    flights = FLIGHTS if product == "ring_up" else sorted({(stages, NO_LAG) for stages, _ in FLIGHTS})
+                    flights = (*flights, *(ALONE if (parts, warpgroups) == (2, 2) else ()))
+                    made = [Case(product, k, n, pairs, (parts, *flight, warpgroups, *columns)) for flight in flights]
                     cases += [case for case in made if is_valid(ring_of(case))]
         if triton_table is not None:
             entry = triton_table["experts"][serving(triton_table["experts"], "load", mean)]

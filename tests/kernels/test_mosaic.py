@@ -28,6 +28,7 @@ def stack(k: int, n: int, experts: int = 128, **fields) -> TiledLinear:
 
 needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
 FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
+ALONE = Ring((8, 16, 32), alone=True)
 
 
 def lowered(tokens: int, ring: Ring, layers: int = 1, width: int = 2048) -> str:
@@ -49,18 +50,25 @@ def kernels_of(text: str) -> set[str]:
 @needs_jax_0_11
 @pytest.mark.parametrize(
     ("tokens", "ring"),
-    [(300, Ring()), (300, Ring((16, 32, 48, 64), parts=1, stages=8)), (16, FEW), (64, Ring((8, 24), stages=9))],
+    [
+        (300, Ring()),
+        (300, Ring((16, 32, 48, 64), parts=1, stages=8)),
+        (16, FEW),
+        (64, Ring((8, 24), stages=9)),
+        (64, ALONE),
+    ],
 )
 def test_a_layer_lowers_for_cuda(tokens, ring):
     assert len(set(re.findall(r"gptq_(?:gated|product)_mosaic_gpu", lowered(tokens, ring)))) == 2
 
 
 @needs_jax_0_11
-def test_equal_kernels_are_compiled_once_whatever_was_lowered_before():
-    both = kernels_of(lowered(64, FEW, 3))
+@pytest.mark.parametrize("ring", [FEW, ALONE])
+def test_equal_kernels_are_compiled_once_whatever_was_lowered_before(ring):
+    both = kernels_of(lowered(64, ring, 3))
     assert len(both) == 2
-    lowered(16, FEW)
-    assert kernels_of(lowered(64, FEW, 2)) == both
+    lowered(16, ring)
+    assert kernels_of(lowered(64, ring, 2)) == both
 
 
 @needs_jax_0_11

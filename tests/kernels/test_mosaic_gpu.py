@@ -27,6 +27,8 @@ SMALL = Ring((16, 32, 48, 64), stages=6)
 NARROW = Ring((32, 64, 96, 128), parts=1)
 FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
 DEEP = Ring((8, 24), stages=9)
+ALONE = Ring((8, 16, 24, 32), stages=5, alone=True)
+ALONE_OF_ONE_PART = Ring((8, 16), parts=1, stages=3, warpgroups=4, alone=True)
 
 
 @functools.cache
@@ -44,14 +46,20 @@ def run(x, logits, mask, stacks, ring):
 
 @pytest.mark.parametrize(
     ("tokens", "ring"),
-    [(77, Ring()), (77, SMALL), (77, NARROW), (600, Ring()), (7, FEW), (77, FEW), (77, DEEP)],
+    [
+        *((77, Ring()), (77, SMALL), (77, NARROW), (600, Ring()), (7, FEW), (77, FEW), (77, DEEP)),
+        *((7, ALONE), (77, ALONE), (77, ALONE_OF_ONE_PART)),
+    ],
 )
 @pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked", "nobody"])
 def test_a_layer(tokens, load, ring):
     check_layer(tokens, load, ring, WIDTH, FEATURES)
 
 
-@pytest.mark.parametrize(("tokens", "ring"), [(77, Ring()), (77, DEEP), (7, FEW), (77, FEW), (600, FEW)])
+@pytest.mark.parametrize(
+    ("tokens", "ring"),
+    [(77, Ring()), (77, DEEP), (7, FEW), (77, FEW), (600, FEW), (600, ALONE), (77, ALONE_OF_ONE_PART)],
+)
 def test_the_smallest_layer_has_fewer_groups_than_a_ring_has_under_way(tokens, ring):
     check_layer(tokens, "random", ring, width=256, features=128)
 
@@ -157,7 +165,8 @@ def test_one_matrix(rows, ring, monkeypatch):
     assert (multiply(x, poisoned, 1) == y).all()
 
 
-def test_scales_of_any_size():
+@pytest.mark.parametrize("ring", [Ring(), ALONE])
+def test_scales_of_any_size(ring):
     stacks, *_ = layer()
     up, down = jax.tree.map(lambda a: a[1], stacks)
     scales = np.asarray(up.scales).copy()
@@ -169,6 +178,6 @@ def test_scales_of_any_size():
     x = jnp.asarray(np.random.default_rng().standard_normal((64, WIDTH)), jnp.bfloat16)
     live = jnp.asarray(np.random.default_rng(1).integers(0, E, (64, K)), jnp.int32)
     weights = jnp.full((64, K), 1 / K, jnp.float32)
-    got = mosaic.run_experts(x, live, weights, None, up, down, None, Ring(), Ring())
+    got = mosaic.run_experts(x, live, weights, None, up, down, None, ring, ring)
     expected = triton.experts(x, live, weights, None, up, down, None)
     assert relative(got, np.asarray(expected, np.float64)) < THREE_ROUNDINGS

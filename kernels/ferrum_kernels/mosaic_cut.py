@@ -1,0 +1,178 @@
+"""How a product of the Mosaic GPU kernels is cut up, and which tiles a program takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from ferrum_kernels.mosaic_registers import RUN
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """How a product is cut up.
+
+    Attributes:
+      columns: how many rows of a block may be multiplied at once, ascending multiples of 8; the last is the block.
+      parts: tiles of 64 outputs, gate and up both counted, of each warpgroup that multiplies: 1 or 2.
+      stages: groups of inputs in shared memory.
+      lag: groups whose gathered rows are under way at a time, fewer than stages; where warps are alone, all of them.
+      warpgroups: that multiply: 2, or 4 of one part each, for which up to 32 columns leave registers enough.
+      alone: each warp multiplies on its own, not its warpgroup: up to 32 columns.
+    """
+
+    columns: tuple[int, ...] = (32, 64, 96, 128)
+    parts: int = 2
+    stages: int = 4
+    lag: int = 2
+    warpgroups: int = 2
+    alone: bool = False
+
+    @property
+    def block(self) -> int:
+        """Most rows of a block."""
+        return self.columns[-1]
+
+    @property
+    def outputs(self) -> int:
+        """Of a program's tile, gate and up both counted."""
+        return 2 * RUN * self.parts * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class Statics:
+    """What a kernel is compiled for."""
+
+    ring: Ring
+    pairs_per_row: int
+    by_pair: bool
+    gated: bool
+    experts: int
+    groups: int
+    out_columns: int
+    programs: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return "gptq_gated" if self.gated else "gptq_product"
+
+    @property
+    def gathers(self) -> bool:
+        """Whether x is in tokens, whose rows are gathered."""
+        return self.pairs_per_row > 0
+
+    @property
+    def lag(self) -> int:
+        """The ring's, but no more groups than a tile has, which may be a program's only one."""
+        return min(self.ring.lag, self.groups)
+
+    @property
+    def size(self) -> int:
+        """Columns of the result of 64 outputs."""
+        return RUN if self.gated else 2 * RUN
+
+    @property
+    def width(self) -> int:
+        """Columns of the result of a tile."""
+        return self.ring.warpgroups * self.ring.parts * self.size
+
+    @property
+    def tiles(self) -> int:
+        """Of the outputs."""
+        return self.out_columns // self.width
+
+    @property
+    def other(self) -> int:
+        """Outputs of a tile from a part's first run to its second."""
+        return self.width if self.gated else RUN
+
+    @property
+    def copied(self) -> int:
+        """Runs of outputs of a tile that lie beside each other: gate and up lie apart."""
+        return 2 if self.gated else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """The arrays of a kernel and its shared memory."""
+
+    x: Any
+    words: Any
+    scales: Any
+    experts: Any
+    starts: Any
+    counts: Any
+    order: Any
+    layer: Any
+    out: Any
+    x_ring: Any
+    words_ring: Any
+    scales_ring: Any
+    full: Any
+    empty: Any
+    staging: Any = None
+
+
+class Work(NamedTuple):
+    """A tile: how many came before it in this program, which of the outputs, and the block."""
+
+    turn: Any
+    tile: Any
+    block: Any
+    expert: Any
+    start: Any
+    count: Any
+
+
+def each_tile(s: Statics, refs: Refs, run: Any) -> None:
+    """Call run with each Work of this program, and with the tile that would come after it."""
+    blocks = refs.experts.shape[0]
+
+    def work_at(turn: Any) -> Work:
+        tile = turn * s.programs + lax.axis_index("program")
+        block = lax.min(lax.div(tile, jnp.int32(s.tiles)), jnp.int32(blocks - 1))
+        numbers = refs.experts[block], refs.starts[block], refs.counts[block]
+        return Work(turn, tile - block * s.tiles, block, *numbers)
+
+    def body(work: Work) -> Work:
+        after = work_at(work.turn + 1)
+        run(work, after)
+        return after
+
+    lax.while_loop(functools.partial(is_work, s), body, work_at(jnp.int32(0)))
+
+
+def is_work(s: Statics, work: Work) -> Any:
+    """False behind the last tile and from the first block on that has no rows."""
+    return (work.tile < s.tiles) & (work.expert >= 0) & (work.expert < s.experts) & (work.count > 0)
+
+
+def by_columns(s: Statics, count: Any, run: Any) -> None:
+    """Call run with the fewest columns that hold so many rows."""
+    from jax.experimental import pallas as pl
+
+    least = 0
+    for columns in s.ring.columns:
+        pl.when((count > least) & (count <= columns))(functools.partial(run, columns))
+        least = columns
+
+
+def slot_of(s: Statics, step: Any) -> Any:
+    """Of a step that counts a program's groups."""
+    return lax.rem(step, jnp.int32(s.ring.stages))
+
+
+def first_group(s: Statics, refs: Refs, work: Work) -> Any:
+    """Of the tile's expert in the stack."""
+    # The layer's first expert is found here: outside, that product would be a launch of its own.
+    return (refs.layer[0] * s.experts + work.expert) * s.groups
+
+
+def row_of(s: Statics, work: Work) -> Any:
+    """Where the block's rows begin: in order where they are written by pair, else in the result."""
+    return work.start if s.by_pair else work.block * s.ring.block
