@@ -18,6 +18,8 @@ from ferrum_kernels import mosaic_warps as warps
 from ferrum_kernels.mosaic_cut import Refs, Statics, Work, by_columns, each_tile, first_group, row_of, slot_of
 from ferrum_kernels.mosaic_registers import GROUP, RUN, THREADS
 
+AHEAD = 16  # columns of which a group is loaded before the last one is multiplied
+
 
 def body(s: Statics, registers: tuple[int, int], refs: Refs) -> None:
     """Of the kernel; `registers` are those of a thread that multiplies and of one that copies."""
@@ -91,17 +93,33 @@ def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
     def multiply_block(work: Work, columns: int) -> None:
         load, multiply, write = warps.load(s, columns), warps.multiply(s, columns), warps.write(s, columns)
 
-        def step(_: Any, carry: Any) -> Any:
-            slot, odd, sums = carry
+        def load_next(slot: Any, odd: Any) -> Any:
             _wait(refs.full, slot, odd)
             given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot)
             _arrive(refs.empty, slot)
-            return *_after(s, slot, odd), multiply(sums, given)
+            return _after(s, slot, odd), given
+
+        def step(_: Any, carry: Any) -> Any:
+            at, sums = carry
+            at, given = load_next(*at)
+            return at, multiply(sums, given)
+
+        def step_ahead(carry: Any) -> Any:
+            at, given, sums = carry
+            at, after = load_next(*at)
+            return at, after, multiply(sums, given)
 
         rows = warps.targets(columns, s.by_pair)(refs.order, row_of(s, work), work.count)
         zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), pieces.layouts()[2])
-        carry = *_at(s, work.turn * s.groups), [zero] * s.ring.parts
-        *_, sums = lax.fori_loop(0, s.groups, step, carry)
+        at, sums = _at(s, work.turn * s.groups), [zero] * s.ring.parts
+        if columns > AHEAD:
+            _, sums = lax.fori_loop(0, s.groups, step, (at, sums))
+        else:
+            turns, rest = divmod(s.groups - 1, 2)
+            # Two steps a turn: of one, the next group's registers would be moved to where the last one's were.
+            carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), (*load_next(*at), sums))
+            _, given, sums = step_ahead(carry) if rest else carry
+            sums = multiply(sums, given)
         for part, total in enumerate(sums):
             column = work.tile * s.width + (warpgroup * s.ring.parts + part) * s.size
             write(total, rows, refs.out, work.count, column)
@@ -139,32 +157,33 @@ def _init(count: int, arrivals: int) -> Any:
     return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(body)
 
 
-def _with_barrier(text: str, *more: Any) -> Any:
-    """A function of a ref of barriers, a slot and numbers: run instructions with its address as $0 and the numbers."""
+def _at_barrier(text: str, barriers: Any, slot: Any, *numbers: Any) -> None:
+    """Run instructions with the address of a slot's barrier as $0 and the numbers as $1 and on."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def body(_: Any, barriers: Any, slot: Any, *numbers: Any) -> None:
-        args = [_address(barriers, pieces.number(slot)), *map(pieces.number, numbers)]
-        _run(text, ",".join("r" * len(args)), *args)
+    def body(_: Any, barriers: Any, *numbers: Any) -> None:
+        slot, *more = map(pieces.number, numbers)
+        _run(text, ",".join("r" * len(numbers)), _address(barriers, slot), *more)
 
-    scalars = [plgpu.Layout.WG_SPLAT(())] * (1 + len(more))
-    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *scalars))(body)
+    scalars = [plgpu.Layout.WG_SPLAT(())] * (1 + len(numbers))
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *scalars))(body)(barriers, slot, *numbers)
 
 
 def _wait(barriers: Any, slot: Any, odd: Any) -> None:
-    """Until a slot's barrier is through its phases up to one of that parity."""
+    """Until the phase of that parity is over."""
     text = "{ .reg .pred p; W${:uid}: mbarrier.try_wait.parity.shared.b64 p, [$0], $1, 10000000; @!p bra W${:uid}; }"
-    _with_barrier(text, odd)(barriers, slot, odd)
+    _at_barrier(text, barriers, slot, odd)
 
 
 def _arrive(barriers: Any, slot: Any) -> None:
     """Of each warp once."""
     text = "{ .reg .pred p; .reg .b32 lane; bar.warp.sync -1; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; "
-    _with_barrier(text + "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]; }")(barriers, slot)
+    _at_barrier(text + "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]; }", barriers, slot)
 
 
 def _tell_when_gathered(barriers: Any, slot: Any) -> None:
-    _with_barrier("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];")(barriers, slot)
+    """Of each thread once, when all that it gathers so far is there."""
+    _at_barrier("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", barriers, slot)
 
 
 def _start(s: Statics, columns: int) -> Any:
@@ -193,13 +212,14 @@ def _start(s: Statics, columns: int) -> Any:
         def c(n: int) -> Any:
             return mgpu.c(n, i32)
 
-        # One warp does it; the others need not even skip its instructions one by one.
+        # The other warps branch over all of it; what is predicated they would have to issue.
         warp = arith.andi(utils.warp_idx(sync=True), c(3))
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, warp, c(0))):
             elected = nvvm.elect_sync()
             text = f"@$1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {count};"
             _run(text, "r,b", _address(barriers, slot), elected)
-            barrier = mgpu.BarrierRef(utils.memref_ptr(barriers), c(0), None, s.ring.stages)[slot]
+            # Its phases are not counted here but by the steps.
+            barrier = mgpu.BarrierRef(utils.memref_ptr(barriers), c(0), c(0), s.ring.stages)[slot]
             how: dict[str, Any] = {"barrier": barrier, "arrive": False, "predicate": elected}
             tiled: dict[str, Any] = {"swizzle": 128, "gmem_transform": (mgpu.TileTransform((8, 64)),)}
             where = arith.index_cast(index, group)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_batching, lax
 
 from ferrum_kernels import mosaic_few
 from ferrum_kernels import mosaic_registers as pieces
@@ -72,7 +72,11 @@ def product(
     index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
     words, scales = w.words.reshape(-1, n // 2, 2 * PLANE), w.scales.reshape(-1, n)
     tables = rows.experts, rows.starts, rows.counts, rows.order
-    return _run(statics, out_rows, x, words, scales, *tables, index)
+    run = functools.partial(_run, statics, out_rows)
+    if ring.alone:
+        # Its copies are of the kernel's own arguments, which under vmap would be several calls' arrays in one.
+        run = custom_batching.sequential_vmap(run)
+    return run(x, words, scales, *tables, index)
 
 
 # A program of many layers traces and lowers the kernel once.

@@ -61,17 +61,19 @@ def single(register: Any) -> Any:
     return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
-def decode_planes(pair: Any) -> list[Any]:
-    """The codes of two containers in a register, plane by plane two of bfloat16: (code - 8) / UNIT."""
+def decode_plane(pair: Any, plane: int) -> Any:
+    """A plane's codes of two containers in a register as two of bfloat16: (code - 8) / UNIT."""
     i32 = types()[0]
+    if plane >= 2:
+        pair = asm(i32, "shr.b32 $0, $1, 8;", "=r,r", pair)
     # With these bits around it the code of an even plane is 32 + code / 4. That of an odd plane is, where it lies, the
-    # subnormal number code / 2^129, which 2^127 makes code / 4. So only every other plane is shifted.
-    even = "{ .reg .b32 t, m, u; mov.b32 m, 0xc208c208; mov.b32 u, 0x3f803f80; "
-    even += "lop3.b32 t, $1, 0x000f000f, 0x42004200, 0xea; fma.rn.bf16x2 $0, t, u, m; }"
-    odd = "{ .reg .b32 t, m, u; mov.b32 m, 0xc000c000; mov.b32 u, 0x7f007f00; "
-    odd += "and.b32 t, $1, 0x00f000f0; fma.rn.bf16x2 $0, t, u, m; }"
-    high = asm(i32, "shr.b32 $0, $1, 8;", "=r,r", pair)
-    return [asm(i32, text, "=r,r", bits) for bits in (pair, high) for text in (even, odd)]
+    # subnormal number code / 2^129, which 2^127 makes code / 4: no shift for it.
+    text = "{ .reg .b32 t, m, u; mov.b32 m, 0xc208c208; mov.b32 u, 0x3f803f80; "
+    text += "lop3.b32 t, $1, 0x000f000f, 0x42004200, 0xea; fma.rn.bf16x2 $0, t, u, m; }"
+    if plane % 2:
+        text = "{ .reg .b32 t, m, u; mov.b32 m, 0xc000c000; mov.b32 u, 0x7f007f00; "
+        text += "and.b32 t, $1, 0x00f000f0; fma.rn.bf16x2 $0, t, u, m; }"
+    return asm(i32, text, "=r,r", pair)
 
 
 def decode() -> Any:
@@ -89,9 +91,8 @@ def decode() -> Any:
         words = [load_matrices(arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(run)), inside)) for run in runs]
         registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((2 * RUN, GROUP)), dtype=object)
         flat = registers.reshape(GROUP // RUN, RUN // 8, 2)
-        for run, column in np.ndindex(len(runs), RUN // 8):
-            for plane, value in enumerate(decode_planes(words[run][column])):
-                flat[plane, column, run] = llvm.bitcast(pair, value)
+        for plane, column, run in np.ndindex(flat.shape):
+            flat[plane, column, run] = llvm.bitcast(pair, decode_plane(words[run][column], plane))
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
     ref = plgpu.RefType(transforms(64))

@@ -116,19 +116,21 @@ def multiply(s: Statics, columns: int) -> Any:
         _, _, f32, one, _ = types()
         given = np.array([pieces.single(register) for register in given.registers.flat], dtype=object)
         words, right, scales = np.split(given, [parts * WORDS, count - 2 * parts])
-        planes = np.array([pieces.decode_planes(pair) for pair in words], dtype=object).reshape(parts, 2, 2, 2, PLANES)
-        right, scales = right.reshape(PLANES, columns // 8, 2, 2), scales.reshape(parts, 2)
+        words, scales = words.reshape(parts, 2, 2, 2), scales.reshape(parts, 2)
+        right = right.reshape(PLANES, columns // 8, 2, 2)
         four = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
         text = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         text += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
 
         zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
         sums = np.full((parts, columns // 8, 4), zero, dtype=object)
-        for plane, half, part, eight in np.ndindex(PLANES, 2, parts, columns // 8):
-            left = planes[part, :, half, :, plane].T  # eight inputs after eight, of each both runs' outputs
-            operands = *left.flat, *right[plane, eight, half], *sums[part, eight]
-            result = asm(four, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *operands)
-            sums[part, eight] = [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+        for plane, half, part in np.ndindex(PLANES, 2, parts):
+            # Eight inputs after eight, of each both runs' outputs; decoded here, between products.
+            left = [pieces.decode_plane(pair, plane) for pair in words[part, :, half].T.flat]
+            for eight in range(columns // 8):
+                operands = *left, *right[plane, eight, half], *sums[part, eight]
+                result = asm(four, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *operands)
+                sums[part, eight] = [llvm.extractvalue(f32, result, [i]) for i in range(4)]
 
         results = []
         for part, total in enumerate(totals):

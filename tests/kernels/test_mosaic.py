@@ -31,16 +31,18 @@ FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
 ALONE = Ring((8, 16, 32), alone=True)
 
 
-def lowered(tokens: int, ring: Ring, layers: int = 1, width: int = 2048) -> str:
+def lowered(tokens: int, ring: Ring, layers: int = 1, width: int = 2048, batch: tuple[int, ...] = ()) -> str:
     def run(x, live, weights, counts, gate_up, down):
         for layer in range(layers):
             x = mosaic.run_experts(x, live, weights, counts, gate_up, down, layer, ring, ring)
         return x
 
-    pairs = STRUCT((tokens, 8), jnp.int32)
-    counts = STRUCT((triton_route.chunks(tokens), 128), jnp.int32)
-    args = (pairs, STRUCT(pairs.shape, jnp.float32), counts, stack(width, 1536), stack(768, width))
-    return lower_for_cuda(run, STRUCT((tokens, width), jnp.bfloat16), *args)
+    pairs, weights = (STRUCT((*batch, tokens, 8), dtype) for dtype in (jnp.int32, jnp.float32))
+    counts = STRUCT((*batch, triton_route.chunks(tokens), 128), jnp.int32)
+    args = pairs, weights, counts, stack(width, 1536), stack(768, width)
+    if batch:
+        run = jax.vmap(run, (0, 0, 0, 0, None, None))
+    return lower_for_cuda(run, STRUCT((*batch, tokens, width), jnp.bfloat16), *args)
 
 
 def kernels_of(text: str) -> set[str]:
@@ -69,6 +71,12 @@ def test_equal_kernels_are_compiled_once_whatever_was_lowered_before(ring):
     assert len(both) == 2
     lowered(16, ring)
     assert kernels_of(lowered(64, ring, 2)) == both
+
+
+@needs_jax_0_11
+@pytest.mark.parametrize("ring", [FEW, ALONE])
+def test_layers_under_vmap_lower_for_cuda(ring):
+    assert len(kernels_of(lowered(64, ring, batch=(3,)))) == 2
 
 
 @needs_jax_0_11
