@@ -30,7 +30,8 @@ from ferrum_kernels.errors import BackendError
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_few import down as down_of_few
 from ferrum_kernels.triton_matmul import Rows, Tile, product
-from ferrum_kernels.triton_route import chunks, place
+from ferrum_kernels.triton_place import place
+from ferrum_kernels.triton_route import chunks
 from ferrum_kernels.triton_rows import cut_for
 from ferrum_kernels.triton_tiles import few_cuts
 from tests.support.gptq_cases import make_linear, make_stack

@@ -17,7 +17,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.sampling_filters import draw_best, keep_best
 from ferrum_jax.sampling_stages import gumbel
-from ferrum_kernels import gptq_matmul, tile, triton, triton_norm, triton_parts, triton_route, triton_rows
+from ferrum_kernels import gptq_matmul, tile, triton, triton_norm, triton_parts, triton_place, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
@@ -193,7 +193,7 @@ def test_routing_and_places(rng, tokens, experts, top_k, sizes):
     @jax.jit
     def run(parts, mask):
         chosen, weights, live, counts = triton.route(parts, mask, top_k, True)
-        return chosen, weights, live, triton_route.place(live, counts, experts, sizes, blocks, False)
+        return chosen, weights, live, triton_place.place(live, counts, experts, sizes, blocks, False)
 
     chosen, weights, live, places = run(parts, mask)
     logits = parts.sum(0)

@@ -1,0 +1,260 @@
+"""Places of pairs by expert on the Triton backend: a sort by expert without a sort, and blocks of an expert's pairs.
+
+Routing counts the pairs of a chunk of tokens by expert; added up they say where each expert's pairs begin, and a
+chunk's among them. Places are sorted by expert and, within one, by pair: results are deterministic. Of few tokens one
+kernel does it all: its programs route, and the last of them to be done makes the places.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ferrum_kernels.triton_route import Statics, choose, chunk, chunks, power, route
+
+FEW = 128  # tokens up to which one kernel routes and places
+CODES = 4  # tokens of a program that routes and places: their slots are the bytes of a number
+MOST_SLOTS = 126  # that a byte's low bits hold
+
+
+def place(
+    live: jax.Array, counts: jax.Array, experts: int, sizes: tuple[int, ...], blocks: int, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Sort pairs by expert and cut each expert's into blocks.
+
+    Blocks come by size class, the largest first, so that programs that take one after the other end at about the same
+    time; within a class they come by expert.
+
+    Args:
+      live: int32 [T, K], the expert of each pair; outside [0, E) nobody's.
+      counts: of `triton_route.route`.
+      experts: E.
+      sizes: most rows of a block of each class, ascending; all of an expert's blocks but its last have the last's.
+      blocks: how many blocks to describe; those that are not needed have expert E and no rows.
+      interpret: run without a GPU.
+
+    Returns:
+      int32 [P] pairs in order of place (those of nobody's pairs are not written); int32 [blocks] expert, first place
+      and number of places of each block.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    tokens = live.shape[0]
+    return pl.pallas_call(
+        functools.partial(_place_kernel, experts, sizes),
+        out_shape=_shapes(live.size, blocks),
+        grid=(chunks(tokens) + 1,),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(tokens), num_stages=1),
+        interpret=interpret,
+        name="place",
+    )(live, counts)
+
+
+def _warps(tokens: int) -> int:
+    return 4 if chunks(tokens) <= 32 else 16
+
+
+def _shapes(pairs: int, blocks: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in (pairs, blocks, blocks, blocks))
+
+
+def _place_kernel(experts: int, sizes: tuple[int, ...], live: Any, counts: Any, order: Any, *tables: Any) -> None:
+    """Places of a chunk's pairs; the last program writes the tables of blocks."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    me, (parts, lanes), (tokens, top_k) = pl.program_id(0), counts.shape, live.shape
+    lane = jnp.arange(lanes, dtype=jnp.int32)
+    step = min(128, power(parts))
+    token = me * chunk(tokens) + jnp.arange(chunk(tokens), dtype=jnp.int32)
+    here = token < tokens
+    # Asked for before the counts are waited for.
+    chosen = [plgpu.load(live.at[token, jnp.full_like(token, k)], mask=here, other=-1) for k in range(top_k)]
+
+    def add(i: Any, sums: Any) -> Any:
+        part = i * step + jnp.arange(step, dtype=jnp.int32)
+        at = jnp.broadcast_arrays(part[:, None], lane[None, :])
+        n = plgpu.load(counts.at[at[0], at[1]], mask=at[0] < parts, other=0)
+        return sums[0] + jnp.sum(n, axis=0), sums[1] + jnp.sum(jnp.where(at[0] < me, n, 0), axis=0)
+
+    none = jnp.zeros((lanes,), jnp.int32)
+    total, before = lax.fori_loop(0, -(-parts // step), add, (none, none))
+
+    def put() -> None:
+        hits = [(one[:, None] == lane[None, :]) & (lane < experts)[None, :] for one in chosen]
+        n = functools.reduce(jnp.add, [jnp.where(hit, 1, 0) for hit in hits])
+        # The place of a token's next pair with each expert.
+        to = (_before(total) + before)[None, :] + _before(n)
+        for k, hit in enumerate(hits):
+            real = (chosen[k] >= 0) & (chosen[k] < experts)
+            at = jnp.where(real, jnp.sum(jnp.where(hit, to, 0), axis=1), order.shape[0])
+            plgpu.store(order.at[at], token * top_k + k, mask=real)
+            to = to + jnp.where(hit, 1, 0)
+
+    pl.when(me < parts)(put)
+    pl.when(me == parts)(lambda: (_describe(total, tokens * top_k, None, sizes, experts, tables), None)[1])
+
+
+def _before(values: jax.Array) -> jax.Array:
+    """Sums of what comes before, along the first axis."""
+    return jnp.cumsum(values, axis=0) - values
+
+
+def _running(fields: list[tuple[jax.Array, int]]) -> list[tuple[jax.Array, jax.Array]]:
+    """Sums of what comes before and of all, for each of some arrays [lanes] whose sum is at most so much.
+
+    As many as fit share a number, so that they take one sum over lanes together: that waits for other warps.
+    """
+    out, left = [], fields
+    while left:
+        shifts, width = [], 0
+        for _, most in left:
+            if width + most.bit_length() > 31:
+                break
+            shifts.append((width, most.bit_length()))
+            width += most.bit_length()
+        packed = functools.reduce(jnp.add, [x << at for (x, _), (at, _) in zip(left, shifts, strict=False)])
+        before, total = _before(packed), jnp.sum(packed)
+        out += [tuple(x >> at & ((1 << bits) - 1) for x in (before, total)) for at, bits in shifts]
+        left = left[len(shifts) :]
+    return out
+
+
+def _describe(
+    total: jax.Array, pairs: int, most: int | None, sizes: tuple[int, ...], experts: int, tables: Any
+) -> jax.Array:
+    """Write the tables of blocks of experts that have so many pairs, `pairs` in all; return where each one's begin.
+
+    An expert has at most `most` blocks; None: any number.
+    """
+    from jax.experimental.pallas import triton as plgpu
+
+    block, blocks = sizes[-1], tables[0].shape[0]
+    lane = jnp.arange(total.shape[0], dtype=jnp.int32)
+    full = lax.div(total, jnp.full_like(total, block))
+    left = total - full * block
+    classes = list(zip((*sizes[-2::-1], 0), reversed(sizes), strict=True))  # rows above and up to which
+    have = [(full if high == block else 0) + jnp.where((left > low) & (left <= high), 1, 0) for low, high in classes]
+    (start, _), *sums = _running([(total, pairs), *((n, blocks) for n in have)])
+    firsts, used = [], 0  # an expert's first block of a class, and all blocks of larger classes
+    for before, n in sums:
+        firsts.append(used + before)
+        used = used + n
+
+    def write(nth: Any, _: None) -> None:
+        rows = jnp.minimum(total - nth * block, block)
+        at = jnp.full_like(rows, blocks)
+        for (low, high), first in zip(classes, firsts, strict=True):
+            at = jnp.where((rows > low) & (rows <= high), first + (nth if high == block else 0), at)
+        for table, value in zip(tables, (lane, start + nth * block, rows), strict=True):
+            plgpu.store(table.at[at], value, mask=rows > 0)
+
+    if most is None:
+        lax.fori_loop(0, jnp.max(full + jnp.where(left > 0, 1, 0)), write, None)
+    else:
+        for nth in range(most):
+            write(nth, None)
+    b = jnp.arange(power(blocks), dtype=jnp.int32)
+    unused = (b >= used) & (b < blocks)
+    for table, value in zip(tables, (experts, 0, 0), strict=True):
+        plgpu.store(table.at[jnp.where(unused, b, blocks)], jnp.full_like(b, value), mask=unused)
+    return start
+
+
+def route_and_place(
+    logits: jax.Array,
+    mask: jax.Array | None,
+    arrived: jax.Array | None,
+    top_k: int,
+    norm: bool,
+    sizes: tuple[int, ...],
+    blocks: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...], jax.Array | None]:
+    """`triton_route.route` and `place`: of up to FEW tokens in one kernel, where there is a counter.
+
+    Args:
+      logits, mask, top_k, norm, interpret: as of `route`.
+      arrived: int32 [1], zero, where programs count who is done; None: two kernels.
+      sizes, blocks: as of `place`.
+
+    Returns:
+      experts, weights and live of `route`; what `place` returns; and arrived, which is zero again.
+    """
+    if arrived is not None and logits.shape[-2] <= FEW and top_k <= MOST_SLOTS:
+        chosen, weights, live, *places, arrived = _in_one(logits, mask, arrived, top_k, norm, sizes, blocks, interpret)
+        return chosen, weights, live, tuple(places), arrived
+    chosen, weights, live, counts = route(logits, mask, top_k, norm, interpret)
+    return chosen, weights, live, place(live, counts, logits.shape[-1], sizes, blocks, interpret), arrived
+
+
+def _in_one(
+    logits: jax.Array,
+    mask: jax.Array | None,
+    arrived: jax.Array,
+    top_k: int,
+    norm: bool,
+    sizes: tuple[int, ...],
+    blocks: int,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    tokens, experts = logits.shape[-2:]
+    s = Statics(experts, max(16, power(experts)), top_k, norm, CODES, mask is not None)
+    programs = -(-tokens // s.rows)
+    pair = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
+    given = (logits, arrived) if mask is None else (logits, mask.astype(jnp.int32), arrived)
+    out = (
+        *(pair, jax.ShapeDtypeStruct((tokens, top_k), jnp.float32), pair),
+        *_shapes(tokens * top_k, blocks),
+        jax.ShapeDtypeStruct(arrived.shape, jnp.int32),
+        jax.ShapeDtypeStruct((programs, s.lanes), jnp.int32),
+    )
+    found = pl.pallas_call(
+        functools.partial(_both_kernel, s, sizes, interpret),
+        out_shape=out,
+        grid=(programs,),
+        input_output_aliases={len(given) - 1: len(out) - 2},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="route_place",
+    )(*given)
+    return tuple(found[:-1])
+
+
+def _both_kernel(s: Statics, sizes: tuple[int, ...], interpret: bool, *refs: Any) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    chosen, weights, live, order, *tables, arrived, codes = refs[-9:]
+    me, programs = pl.program_id(0), pl.num_programs(0)
+    slots = choose(s, me, refs[0], refs[1] if s.masked else None, chosen, weights, live)
+    bits = jnp.arange(CODES, dtype=jnp.int32)[:, None] * 8
+    codes[me, :] = jnp.sum(slots << bits, axis=0)
+    if not interpret:
+        plgpu.debug_barrier()  # what all threads have stored comes before this program's arrival
+    before = plgpu.atomic_add(arrived, (jnp.int32(0),), jnp.int32(1))
+
+    def last() -> None:
+        arrived[0] = jnp.int32(0)  # for the next layer: nobody else comes
+        tokens, parts = chosen.shape[0], codes.shape[0]
+        # A thread has an expert and all of its pairs, so that nothing but the sum over experts waits for others.
+        code = [codes[part, :] for part in range(parts)]
+        hits = [(one + 0x7F7F7F7F) & -0x7F7F7F80 for one in code]  # the high bit of each byte that is not zero
+        total = functools.reduce(jnp.add, map(lax.population_count, hits))
+        to = _describe(total, tokens * s.top_k, -(-tokens // sizes[-1]), sizes, s.experts, tables)
+        for token in range(parts * CODES):
+            slot = (code[token // CODES] >> (8 * (token % CODES))) & 0xFF
+            real = slot > 0
+            at = jnp.where(real, to, order.shape[0])
+            plgpu.store(order.at[at], token * s.top_k + slot - 1, mask=real)
+            to = to + jnp.where(real, 1, 0)
+
+    pl.when(before == programs - 1)(last)
