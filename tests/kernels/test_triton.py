@@ -30,7 +30,7 @@ from ferrum_kernels.errors import BackendError
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_few import down as down_of_few
 from ferrum_kernels.triton_matmul import Rows, Tile, product
-from ferrum_kernels.triton_place import place
+from ferrum_kernels.triton_place import FEW, place, route_and_place
 from ferrum_kernels.triton_route import chunks
 from ferrum_kernels.triton_rows import cut_for
 from ferrum_kernels.triton_tiles import few_cuts
@@ -199,7 +199,11 @@ def test_a_layer_that_routes(case, tokens):
     logits = np.array(normal(tokens + 1, tokens, EXPERTS))
     logits[0] = [0, 1, 1, 0, -np.inf, 0, 0, 0]
     mask = np.arange(tokens) % 4 != 3
-    y, chosen, weights = triton.routed_experts(x, jnp.asarray(logits), jnp.asarray(mask), 2, True, gate_up, down, None)
+    given = x, jnp.asarray(logits), jnp.asarray(mask), 2, True, gate_up, down, None
+    y, chosen, weights, arrived = triton.routed_experts(*given, jnp.zeros(1, jnp.int32))
+    assert arrived.tolist() == [0]
+    for one, other in zip((y, chosen, weights), triton.routed_experts(*given), strict=False):
+        np.testing.assert_array_equal(one, other)
     probs, expected = jax.lax.top_k(jax.nn.softmax(jnp.asarray(logits)), 2)
     np.testing.assert_array_equal(chosen, expected)
     np.testing.assert_allclose(weights, probs / probs.sum(1, keepdims=True), rtol=1e-5)
@@ -213,7 +217,7 @@ def test_a_token_whose_logits_are_not_finite_does_not_touch_others(tokens):
     gate_up, down, _, _ = layer_of(0)
     x = jnp.asarray(normal(0, tokens + 1, gate_up.k), jnp.bfloat16)
     logits = jnp.asarray(normal(1, tokens + 1, EXPERTS)).at[0].set(jnp.nan)
-    y, chosen, weights = triton.routed_experts(x, logits, None, 2, True, gate_up, down, None)
+    y, chosen, weights, _ = triton.routed_experts(x, logits, None, 2, True, gate_up, down, None)
     assert chosen[0].tolist() == [0, 1]
     assert np.isnan(np.asarray(weights[0])).all() and np.isnan(np.asarray(y[0], np.float32)).all()
     assert np.isfinite(np.asarray(y[1:], np.float32)).all()
@@ -292,6 +296,30 @@ def test_places_are_a_stable_sort_cut_into_blocks_of_which_the_largest_come_firs
     assert counts.shape[0] == chunks(tokens)
     blocks = max_blocks(tokens * top_k, experts, sizes[-1])
     check_places(place(jnp.asarray(live), counts, experts, sizes, blocks, True), live, experts, sizes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "sizes"),
+    [
+        (1, 1, 1, (8,)),
+        (7, 20, 3, (1,)),
+        (FEW, 7, 2, (8,)),
+        (50, 40, 6, (2, 4, 8)),
+        (9, 3, 3, (2, 8)),
+        (FEW + 1, 8, 2, (8,)),
+    ],
+)
+def test_routing_and_places_are_the_same_by_one_kernel(tokens, experts, top_k, sizes):
+    logits = jnp.asarray(normal(0, 2, tokens, experts))
+    mask = jnp.arange(tokens) % 5 != 1
+    how = top_k, True, sizes, max_blocks(tokens * top_k, experts, sizes[-1]), True
+    *apart, none = route_and_place(logits, mask, None, *how)
+    *together, arrived = route_and_place(logits, mask, jnp.zeros(1, jnp.int32), *how)
+    assert none is None and arrived.tolist() == [0]
+    for one, other in zip(apart[:3], together[:3], strict=True):
+        np.testing.assert_array_equal(one, other)
+    for places in (apart[3], together[3]):
+        check_places(places, np.asarray(apart[2]), experts, sizes)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
@@ -373,18 +401,20 @@ def test_a_layer_lowers_for_cuda_without_a_copy_of_its_stack(case, tokens):
     layers = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), (gate_up, down))
     token = jax.ShapeDtypeStruct((tokens, gate_up.k), jnp.bfloat16)
 
-    def run(x, logits, stacks, layer):
+    def run(x, logits, stacks, layer, arrived):
         with triton.interpreted(False):
-            return triton.routed_experts(x, logits, None, 2, True, stacks[0], stacks[1], layer)[0]
+            return triton.routed_experts(x, logits, None, 2, True, stacks[0], stacks[1], layer, arrived)[0]
 
     logits = jax.ShapeDtypeStruct((tokens, EXPERTS), jnp.float32)
-    text = lower_for_cuda(run, token, logits, layers, jax.ShapeDtypeStruct((), jnp.int32))
+    index, counter = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    text = lower_for_cuda(run, token, logits, layers, index, counter)
     names = {"x".join(map(str, s.words.shape)) for s in layers}
     for line in text.splitlines():
         if any(f"tensor<{name}xui16>" in line for name in names):
             assert "custom_call" in line or "func.func" in line, line
-    # Routing, places, two products; few tokens need no places where columns fit, and their first product routes.
-    kernels = {0: 2, 1: 3, 2: 4}[case] if tokens == 1 else 4
+    # Routing, places, two products; some tokens are routed and placed by one kernel; few need no places where columns
+    # fit, and their first product routes.
+    kernels = {1: {0: 2, 1: 3, 2: 3}[case], 16: 3, 512: 4}[tokens]
     assert len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)) == kernels
 
 
