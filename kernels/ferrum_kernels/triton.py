@@ -1,8 +1,9 @@
 """The Triton backend of Pallas: products and whole expert layers on NVIDIA GPUs from compute capability 8.0 on.
 
 Weights come as TiledLinear, which `tile` makes once at load. An expert layer is two to five kernels: routing
-(triton_route), places of pairs where several share experts, gate and up with silu(gate) * up, down with the routing
-weight, and the sum over each token's experts. Nothing is sorted, sliced or copied, and dead experts are not read.
+(triton_route), places of pairs where several share experts (triton_place), gate and up with silu(gate) * up, down with
+the routing weight, and the sum over each token's experts. Nothing is sorted, sliced or copied, and dead experts are
+not read.
 """
 
 from __future__ import annotations

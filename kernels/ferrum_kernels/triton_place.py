@@ -18,6 +18,7 @@ from ferrum_kernels.triton_route import Statics, choose, chunk, chunks, power, r
 
 FEW = 128  # tokens up to which one kernel routes and places
 CODES = 4  # tokens of a program that routes and places: their slots are the bytes of a number
+TURN = 4  # such programs whose pairs one turn of a loop places: more at once compile too long
 MOST_SLOTS = 126  # that a byte's low bits hold
 
 
@@ -154,11 +155,8 @@ def _describe(
         for table, value in zip(tables, (lane, start + nth * block, rows), strict=True):
             plgpu.store(table.at[at], value, mask=rows > 0)
 
-    if most is None:
-        lax.fori_loop(0, jnp.max(full + jnp.where(left > 0, 1, 0)), write, None)
-    else:
-        for nth in range(most):
-            write(nth, None)
+    turns = jnp.max(full + jnp.where(left > 0, 1, 0)) if most is None else most
+    lax.fori_loop(0, turns, write, None)
     b = jnp.arange(power(blocks), dtype=jnp.int32)
     unused = (b >= used) & (b < blocks)
     for table, value in zip(tables, (experts, 0, 0), strict=True):
@@ -246,15 +244,21 @@ def _both_kernel(s: Statics, sizes: tuple[int, ...], interpret: bool, *refs: Any
         arrived[0] = jnp.int32(0)  # for the next layer: nobody else comes
         tokens, parts = chosen.shape[0], codes.shape[0]
         # A thread has an expert and all of its pairs, so that nothing but the sum over experts waits for others.
-        code = [codes[part, :] for part in range(parts)]
-        hits = [(one + 0x7F7F7F7F) & -0x7F7F7F80 for one in code]  # the high bit of each byte that is not zero
+        hits = [(codes[part, :] + 0x7F7F7F7F) & -0x7F7F7F80 for part in range(parts)]  # of a byte that is not zero
         total = functools.reduce(jnp.add, map(lax.population_count, hits))
-        to = _describe(total, tokens * s.top_k, -(-tokens // sizes[-1]), sizes, s.experts, tables)
-        for token in range(parts * CODES):
-            slot = (code[token // CODES] >> (8 * (token % CODES))) & 0xFF
-            real = slot > 0
-            at = jnp.where(real, to, order.shape[0])
-            plgpu.store(order.at[at], token * s.top_k + slot - 1, mask=real)
-            to = to + jnp.where(real, 1, 0)
+        start = _describe(total, tokens * s.top_k, -(-tokens // sizes[-1]), sizes, s.experts, tables)
+
+        def put(i: Any, to: jax.Array) -> jax.Array:
+            part = [jnp.minimum(i * TURN + k, parts - 1) for k in range(TURN)]
+            code = [jnp.where(i * TURN + k < parts, codes[part[k], :], 0) for k in range(TURN)]
+            for token in range(TURN * CODES):
+                slot = (code[token // CODES] >> (8 * (token % CODES))) & 0xFF
+                real = slot > 0
+                pair = ((i * TURN * CODES) + token) * s.top_k + slot - 1
+                plgpu.store(order.at[jnp.where(real, to, order.shape[0])], pair, mask=real)
+                to = to + jnp.where(real, 1, 0)
+            return to
+
+        lax.fori_loop(0, -(-parts // TURN), put, start)
 
     pl.when(before == programs - 1)(last)
