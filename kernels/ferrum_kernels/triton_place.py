@@ -232,7 +232,7 @@ def _both_kernel(s: Statics, sizes: tuple[int, ...], interpret: bool, *refs: Any
     from jax.experimental.pallas import triton as plgpu
 
     chosen, weights, live, order, *tables, arrived, codes = refs[-9:]
-    me, programs = pl.program_id(0), pl.num_programs(0)
+    me = pl.program_id(0)
     slots = choose(s, me, refs[0], refs[1] if s.masked else None, chosen, weights, live)
     bits = jnp.arange(CODES, dtype=jnp.int32)[:, None] * 8
     codes[me, :] = jnp.sum(slots << bits, axis=0)
@@ -261,4 +261,4 @@ def _both_kernel(s: Statics, sizes: tuple[int, ...], interpret: bool, *refs: Any
 
         lax.fori_loop(0, -(-parts // TURN), put, start)
 
-    pl.when(before == programs - 1)(last)
+    pl.when(before == codes.shape[0] - 1)(last)
