@@ -7,6 +7,7 @@ kernel does it all: its programs route, and the last of them to be done makes th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,9 +18,7 @@ from jax import lax
 from ferrum_kernels.triton_route import Statics, choose, chunk, chunks, power, route
 
 FEW = 128  # tokens up to which one kernel routes and places
-CODES = 4  # tokens of a program that routes and places: their slots are the bytes of a number
-TURN = 4  # such programs whose pairs one turn of a loop places: more at once compile too long
-MOST_SLOTS = 126  # that a byte's low bits hold
+ROWS = 4  # of them that a program routes
 
 
 def place(
@@ -98,7 +97,12 @@ def _place_kernel(experts: int, sizes: tuple[int, ...], live: Any, counts: Any, 
             to = to + jnp.where(hit, 1, 0)
 
     pl.when(me < parts)(put)
-    pl.when(me == parts)(lambda: (_describe(total, tokens * top_k, None, sizes, experts, tables), None)[1])
+
+    def describe() -> None:
+        most = jnp.max(lax.div(total + (sizes[-1] - 1), jnp.full_like(total, sizes[-1])))
+        _describe(_cut(total, tokens * top_k, sizes, tables[0].shape[0]), most, experts, tables)
+
+    pl.when(me == parts)(describe)
 
 
 def _before(values: jax.Array) -> jax.Array:
@@ -126,42 +130,58 @@ def _running(fields: list[tuple[jax.Array, int]]) -> list[tuple[jax.Array, jax.A
     return out
 
 
-def _describe(
-    total: jax.Array, pairs: int, most: int | None, sizes: tuple[int, ...], experts: int, tables: Any
-) -> jax.Array:
-    """Write the tables of blocks of experts that have so many pairs, `pairs` in all; return where each one's begin.
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How experts' pairs are cut into blocks.
 
-    An expert has at most `most` blocks; None: any number.
+    Attributes:
+      total: int32 [lanes], pairs of each expert.
+      start: the place of its first.
+      classes: for each size, the largest first, above and up to how many rows, and an expert's first block of it.
+      used: all blocks.
     """
-    from jax.experimental.pallas import triton as plgpu
 
-    block, blocks = sizes[-1], tables[0].shape[0]
-    lane = jnp.arange(total.shape[0], dtype=jnp.int32)
+    total: jax.Array
+    start: jax.Array
+    classes: list[tuple[int, int, jax.Array]]
+    used: jax.Array
+
+
+def _cut(total: jax.Array, pairs: int, sizes: tuple[int, ...], blocks: int) -> _Cut:
+    """Cut experts that have so many pairs, `pairs` together, into at most `blocks` blocks."""
+    block = sizes[-1]
     full = lax.div(total, jnp.full_like(total, block))
     left = total - full * block
-    classes = list(zip((*sizes[-2::-1], 0), reversed(sizes), strict=True))  # rows above and up to which
-    have = [(full if high == block else 0) + jnp.where((left > low) & (left <= high), 1, 0) for low, high in classes]
+    bounds = list(zip((*sizes[-2::-1], 0), reversed(sizes), strict=True))
+    have = [(full if high == block else 0) + jnp.where((left > low) & (left <= high), 1, 0) for low, high in bounds]
     (start, _), *sums = _running([(total, pairs), *((n, blocks) for n in have)])
-    firsts, used = [], 0  # an expert's first block of a class, and all blocks of larger classes
-    for before, n in sums:
-        firsts.append(used + before)
+    classes, used = [], jnp.int32(0)
+    for (low, high), (before, n) in zip(bounds, sums, strict=True):
+        classes.append((low, high, used + before))
         used = used + n
+    return _Cut(total, start, classes, used)
+
+
+def _describe(cut: _Cut, turns: Any, experts: int, tables: Any) -> None:
+    """Write the tables of blocks, of which an expert has at most `turns`."""
+    from jax.experimental.pallas import triton as plgpu
+
+    block, blocks = cut.classes[0][1], tables[0].shape[0]
+    lane = jnp.arange(cut.total.shape[0], dtype=jnp.int32)
 
     def write(nth: Any, _: None) -> None:
-        rows = jnp.minimum(total - nth * block, block)
+        rows = jnp.minimum(cut.total - nth * block, block)
         at = jnp.full_like(rows, blocks)
-        for (low, high), first in zip(classes, firsts, strict=True):
+        for low, high, first in cut.classes:
             at = jnp.where((rows > low) & (rows <= high), first + (nth if high == block else 0), at)
-        for table, value in zip(tables, (lane, start + nth * block, rows), strict=True):
+        for table, value in zip(tables, (lane, cut.start + nth * block, rows), strict=True):
             plgpu.store(table.at[at], value, mask=rows > 0)
 
-    turns = jnp.max(full + jnp.where(left > 0, 1, 0)) if most is None else most
     lax.fori_loop(0, turns, write, None)
     b = jnp.arange(power(blocks), dtype=jnp.int32)
-    unused = (b >= used) & (b < blocks)
+    unused = (b >= cut.used) & (b < blocks)
     for table, value in zip(tables, (experts, 0, 0), strict=True):
         plgpu.store(table.at[jnp.where(unused, b, blocks)], jnp.full_like(b, value), mask=unused)
-    return start
 
 
 def route_and_place(
@@ -184,7 +204,7 @@ def route_and_place(
     Returns:
       experts, weights and live of `route`; what `place` returns; and arrived, which is zero again.
     """
-    if arrived is not None and logits.shape[-2] <= FEW and top_k <= MOST_SLOTS:
+    if arrived is not None and logits.shape[-2] <= FEW:
         chosen, weights, live, *places, arrived = _in_one(logits, mask, arrived, top_k, norm, sizes, blocks, interpret)
         return chosen, weights, live, tuple(places), arrived
     chosen, weights, live, counts = route(logits, mask, top_k, norm, interpret)
@@ -205,7 +225,7 @@ def _in_one(
     from jax.experimental.pallas import triton as plgpu
 
     tokens, experts = logits.shape[-2:]
-    s = Statics(experts, max(16, power(experts)), top_k, norm, CODES, mask is not None)
+    s = Statics(experts, max(16, power(experts)), top_k, norm, ROWS, mask is not None)
     programs = -(-tokens // s.rows)
     pair = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
     given = (logits, arrived) if mask is None else (logits, mask.astype(jnp.int32), arrived)
@@ -213,52 +233,57 @@ def _in_one(
         *(pair, jax.ShapeDtypeStruct((tokens, top_k), jnp.float32), pair),
         *_shapes(tokens * top_k, blocks),
         jax.ShapeDtypeStruct(arrived.shape, jnp.int32),
-        jax.ShapeDtypeStruct((programs, s.lanes), jnp.int32),
+        # Which of a program's tokens go to an expert, as bits; where that expert's pairs of theirs begin.
+        *(jax.ShapeDtypeStruct((programs, s.lanes), jnp.int32) for _ in range(2)),
     )
     found = pl.pallas_call(
         functools.partial(_both_kernel, s, sizes, interpret),
         out_shape=out,
         grid=(programs,),
-        input_output_aliases={len(given) - 1: len(out) - 2},
+        input_output_aliases={len(given) - 1: len(out) - 3},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="route_place",
     )(*given)
-    return tuple(found[:-1])
+    return tuple(found[:-2])
 
 
 def _both_kernel(s: Statics, sizes: tuple[int, ...], interpret: bool, *refs: Any) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    chosen, weights, live, order, *tables, arrived, codes = refs[-9:]
+    chosen, weights, live, order, *tables, arrived, who, first = refs[-10:]
     me = pl.program_id(0)
     slots = choose(s, me, refs[0], refs[1] if s.masked else None, chosen, weights, live)
-    bits = jnp.arange(CODES, dtype=jnp.int32)[:, None] * 8
-    codes[me, :] = jnp.sum(slots << bits, axis=0)
+    bit = 1 << jnp.arange(s.rows, dtype=jnp.int32)[:, None]
+    who[me, :] = jnp.sum(jnp.where(slots > 0, bit, 0), axis=0)
     if not interpret:
         plgpu.debug_barrier()  # what all threads have stored comes before this program's arrival
     before = plgpu.atomic_add(arrived, (jnp.int32(0),), jnp.int32(1))
 
     def last() -> None:
         arrived[0] = jnp.int32(0)  # for the next layer: nobody else comes
-        tokens, parts = chosen.shape[0], codes.shape[0]
-        # A thread has an expert and all of its pairs, so that nothing but the sum over experts waits for others.
-        hits = [(codes[part, :] + 0x7F7F7F7F) & -0x7F7F7F80 for part in range(parts)]  # of a byte that is not zero
-        total = functools.reduce(jnp.add, map(lax.population_count, hits))
-        start = _describe(total, tokens * s.top_k, -(-tokens // sizes[-1]), sizes, s.experts, tables)
+        (tokens, top_k), parts = chosen.shape, who.shape[0]
+        # Tokens by expert first, a thread's own, so that nothing but the sum over experts waits for other threads.
+        bits = [who[part, :] for part in range(parts)]
+        pair = jnp.arange(power(tokens * top_k), dtype=jnp.int32)
+        token, here = lax.div(pair, jnp.full_like(pair, top_k)), pair < tokens * top_k
+        at = jnp.where(here, token, tokens), lax.rem(pair, jnp.full_like(pair, top_k))
+        expert = plgpu.load(live.at[at], mask=here, other=s.experts)
+        n = [lax.population_count(one) for one in bits]
+        cut = _cut(functools.reduce(jnp.add, n), tokens * top_k, sizes, tables[0].shape[0])
+        to = cut.start
+        for part in range(parts):
+            first[part, :] = (to << s.rows) | bits[part]
+            to = to + n[part]
+        if not interpret:
+            plgpu.debug_barrier()
+        # Then a thread has some pairs.
+        real = here & (expert < s.experts)
+        row, part = lax.rem(token, jnp.full_like(token, s.rows)), lax.div(token, jnp.full_like(token, s.rows))
+        found = plgpu.load(first.at[jnp.where(real, part, 0), jnp.where(real, expert, 0)], mask=real, other=0)
+        _describe(cut, -(-tokens // sizes[-1]), s.experts, tables)
+        place = (found >> s.rows) + lax.population_count(found & ((1 << row) - 1))
+        plgpu.store(order.at[jnp.where(real, place, order.shape[0])], pair, mask=real)
 
-        def put(i: Any, to: jax.Array) -> jax.Array:
-            part = [jnp.minimum(i * TURN + k, parts - 1) for k in range(TURN)]
-            code = [jnp.where(i * TURN + k < parts, codes[part[k], :], 0) for k in range(TURN)]
-            for token in range(TURN * CODES):
-                slot = (code[token // CODES] >> (8 * (token % CODES))) & 0xFF
-                real = slot > 0
-                pair = ((i * TURN * CODES) + token) * s.top_k + slot - 1
-                plgpu.store(order.at[jnp.where(real, to, order.shape[0])], pair, mask=real)
-                to = to + jnp.where(real, 1, 0)
-            return to
-
-        lax.fori_loop(0, -(-parts // TURN), put, start)
-
-    pl.when(before == codes.shape[0] - 1)(last)
+    pl.when(before == who.shape[0] - 1)(last)
