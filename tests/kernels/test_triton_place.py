@@ -83,7 +83,7 @@ def test_routing_and_places_are_the_same_by_one_kernel(tokens, experts, top_k, s
     how = top_k, True, sizes, max_blocks(tokens * top_k, experts, sizes[-1]), True
     *apart, none = route_and_place(logits, mask, None, *how)
     *together, arrived = route_and_place(logits, mask, jnp.zeros(1, jnp.int32), *how)
-    assert none is None and arrived.tolist() == [0]
+    assert none is None and arrived is not None and arrived.tolist() == [0]
     for one, other in zip(apart[:3], together[:3], strict=True):
         np.testing.assert_array_equal(one, other)
     for places in (apart[3], together[3]):
