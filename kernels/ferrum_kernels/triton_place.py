@@ -17,8 +17,8 @@ from jax import lax
 
 from ferrum_kernels.triton_route import Statics, choose, chunk, chunks, power, route
 
-FEW = 128  # tokens up to which one kernel routes and places
-ROWS = 4  # of them that a program routes
+FEW = 64  # tokens up to which one kernel routes and places
+ROWS = 4  # of them that a program routes, each in a warp of its own
 
 
 def place(
@@ -56,7 +56,7 @@ def place(
 
 
 def _warps(tokens: int) -> int:
-    return 4 if chunks(tokens) <= 32 else 16
+    return 4 if chunks(tokens) <= 64 else 8
 
 
 def _shapes(pairs: int, blocks: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -241,7 +241,7 @@ def _in_one(
         out_shape=out,
         grid=(programs,),
         input_output_aliases={len(given) - 1: len(out) - 3},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=ROWS, num_stages=1),
         interpret=interpret,
         name="route_place",
     )(*given)
