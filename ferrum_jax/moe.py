@@ -161,8 +161,8 @@ def add_norm_route(
     router: jax.Array | None,
     cfg: ModelConfig,
     layer: jax.Array | int,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """`layers.add_norm`, and the router's logits where kernels give all three.
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """`layers.add_norm`, and the router's logits where kernels give all of it.
 
     Args:
       x: the residual stream.
@@ -173,10 +173,11 @@ def add_norm_route(
       layer: index into both.
 
     Returns:
-      (sum, norm, float32 logits [..., E], parts [parts, ..., E] of them, or None where `moe_layer` takes them itself).
+      (sum, norm, float32 logits [..., E], parts [parts, ..., E] of them, or None where `moe_layer` takes them itself,
+      and int32 [1], zero, a counter that `moe_layer` takes, or None).
     """
     if router is None or not triton_norm.takes(x, weight):
-        return *add_norm(x, y, weight, cfg, layer), None
+        return *add_norm(x, y, weight, cfg, layer), None, None
 
     def specified(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
@@ -186,14 +187,14 @@ def add_norm_route(
         logits = linear(norm.astype(jnp.float32), matrix, dataclasses.replace(cfg, implementation="xla"))
         if parts > 1:
             logits = jnp.concatenate([logits[None], jnp.zeros((parts - 1, *logits.shape), logits.dtype)])
-        return total, norm, logits
+        return total, norm, logits, jnp.zeros(1, jnp.int32)
 
     def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
         x, y, weight, router = activations
-        out = triton_norm.add_norm_route(
+        *out, arrived = triton_norm.add_norm_route(
             *folded(x, y), weight, router, layer, cfg.rms_norm_eps, triton.is_interpreted()
         )
-        return tuple(a.reshape(*a.shape[:-2], *x.shape[:-1], -1) for a in out)
+        return *(a.reshape(*a.shape[:-2], *x.shape[:-1], -1) for a in out), arrived
 
     parts = triton_norm.logit_parts(math.prod(x.shape[:-1]))
     return differentiable(kernel, specified)((x, y, weight, router), jnp.asarray(layer, jnp.int32))
@@ -208,6 +209,7 @@ def moe_layer(
     mask: Bool[Array, "*lead"] | None = None,
     block: int | None = None,
     logits: jax.Array | None = None,
+    arrived: jax.Array | None = None,
 ) -> tuple[Float[Array, "*lead D"], Routing]:
     """One mixture-of-experts layer: route, dispatch, run the live experts, combine.
 
@@ -219,6 +221,7 @@ def moe_layer(
       mask: bool [...], False for padding tokens: they are sent to no expert and get zero.
       block: rows per block of the dispatch; None picks one for the number of tokens.
       logits: the router's [..., E], or parts of them, as of `add_norm_route`; None: to be computed.
+      arrived: the counter of `add_norm_route`, with which GPU kernels need one launch less; or None.
 
     Returns:
       ([..., D] in x.dtype, Routing with the same leading axes). Differentiable with respect to x and the router.
@@ -237,7 +240,7 @@ def moe_layer(
     if block is None and tokens.shape[0] and _fits_cpu_kernels(params["experts"], cfg):
         y, routing = _on_cpu_kernels(params, tokens, cfg, layer, mask)
     elif block is None and tokens.shape[0] and _fits_triton(params["experts"], cfg):
-        y, routing = _on_triton(params, tokens, cfg, layer, mask, known)
+        y, routing = _on_triton(params, tokens, cfg, layer, mask, known, arrived)
     else:
         y, routing = _step_by_step(params, tokens, cfg, layer, mask, block, known)
     routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, leaf.shape[-1]), routing)
@@ -299,6 +302,7 @@ def _on_triton(
     layer: jax.Array | int | None,
     mask: jax.Array | None,
     logits: jax.Array | None,
+    arrived: jax.Array | None,
 ) -> tuple[jax.Array, Routing]:
     """The same layer in two to five kernels after the router's product."""
     backend = mosaic if implementation_of(cfg) == mosaic.NAME else triton
@@ -311,19 +315,19 @@ def _on_triton(
 
     def layer_of(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
         x, logits = activations
-        mask, experts, layer = constants
-        stacks = experts["gate_up"], experts["down"]
-        return backend.routed_experts(x, logits, mask, cfg.top_k, cfg.norm_topk_prob, *stacks, layer)
+        mask, experts, layer, arrived = constants
+        rest = cfg.top_k, cfg.norm_topk_prob, experts["gate_up"], experts["down"], layer, arrived
+        return backend.routed_experts(x, logits, mask, *rest)[:3]
 
     def layer_specified(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
         x, logits = activations
-        mask, experts, layer = constants
+        mask, experts, layer, _ = constants
         routing = route(_whole(logits), cfg.top_k, cfg.norm_topk_prob)
         plan = dispatch(_live(routing.experts, mask, cfg), cfg.num_experts)
         y = combine(run_experts(experts, x, plan, portable, layer), plan, routing.weights).astype(x.dtype)
         return y, routing.experts, routing.weights
 
-    constants = live_tokens, params["experts"], index
+    constants = live_tokens, params["experts"], index, arrived
     y, chosen, weights = differentiable(layer_of, layer_specified)((x, logits), constants)
     return y, Routing(_whole(logits), chosen, weights)
 

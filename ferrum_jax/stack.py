@@ -84,8 +84,8 @@ def run_layers(
             routing = None
             if "moe" in p:
                 with jax.named_scope("moe"):
-                    x, h, logits = add_norm_route(x, y, run["post_norm"], routers, cfg, index)
-                    y, routing = moe_layer(p["moe"], h, cfg, layer=index, mask=mask, logits=logits)
+                    x, h, logits, arrived = add_norm_route(x, y, run["post_norm"], routers, cfg, index)
+                    y, routing = moe_layer(p["moe"], h, cfg, layer=index, mask=mask, logits=logits, arrived=arrived)
             else:
                 with jax.named_scope("mlp"):
                     x, h = add_norm(x, y, run["post_norm"], cfg, index)

@@ -43,7 +43,8 @@ class Bench(Loading):
     first, so that the seconds of these compilations overlap; the warm ones do not. Each line says how near it comes to
     what the device must at least read or compute, where the experts that a step reads are counted, and lines that do
     not fit say so. Rows of random weights soon write the same tokens, which go to the same experts; --temperature 1
-    keeps them apart. What a line has given is said on stderr as soon as it is over.
+    keeps them apart. What a line has given is said on stderr as soon as it is over, and a sweep that ends early, by an
+    error or Ctrl-C, still prints the lines that are over.
 
     Args:
       model: demo, a folder, or a Hugging Face id (OWNER/NAME or OWNER/NAME@REVISION).
@@ -82,14 +83,16 @@ class Bench(Loading):
         self.check()
         old = None if self.compare is None else read_report(self.compare)
         model = load_model(self, self.model) if self.model is not None else synthetic_model(self)
-        report = self.sweep(model) if self.is_sweep else self.single(model)
+        report, error = self.sweep(model) if self.is_sweep else (self.single(model), None)
         compared = None if old is None else compare(report, old)
         if self.json:
             emit(report if compared is None else {**report, "compare": compared})
-            return 0
-        print("\n".join(sweep_lines(report)) if self.is_sweep else text_of(report))
-        if compared is not None:
-            print(f"\n{text_of_comparison(compared, str(self.compare))}")
+        else:
+            print("\n".join(sweep_lines(report)) if self.is_sweep else text_of(report))
+            if compared is not None:
+                print(f"\n{text_of_comparison(compared, str(self.compare))}")
+        if error is not None:
+            raise error
         return 0
 
     def single(self, model: Model) -> dict[str, Any]:
@@ -103,22 +106,31 @@ class Bench(Loading):
         with Status("compiling", self.quiet) as status, fresh_compiles():
             return measure(self, model, status)
 
-    def sweep(self, model: Model) -> dict[str, Any]:
-        """Many shapes, a row each."""
+    def sweep(self, model: Model) -> tuple[dict[str, Any], BaseException | None]:
+        """Many shapes, a row each, and what ended the sweep before its last."""
         sizes = self.batches, self.contexts, self.prompts, self.new_tokens
         wanted = Sweep(*sizes, self.repeats, self.temperature, self.cache_dtype, self.compile_once)
         wanted.check(model)
+        rows: dict[str, list[Any]] = {"decode": [], "prefill": []}
+        ended = None
         with Status("measuring", self.quiet) as status, own_compile_cache():
             ceiling = ceilings()
-            rows = sweep(model, wanted, ceiling, status)
-        return {
+            try:
+                sweep(model, wanted, ceiling, status, rows)
+            except (Exception, KeyboardInterrupt) as error:
+                if not any(rows.values()):
+                    raise
+                ended = error
+        report = {
             **about(self, model),
             **rows,
             "experts_touched": f"counted in a forward pass over the last {LATEST} tokens of every row",
             "temperature": self.temperature,
             "ceilings": asdict(ceiling),
             "new_tokens": self.new_tokens,
+            "ended_by": None if ended is None else str(ended) or type(ended).__name__,
         }
+        return report, ended
 
     @property
     def is_sweep(self) -> bool:
@@ -325,6 +337,8 @@ def sweep_lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['new_tokens']} new tokens around each context · {report['repeats']} runs"
     yield ""
     yield from rows_as_lines(report)
+    if report["ended_by"] is not None:
+        yield f"ended early: {report['ended_by']}"
     yield from _memory(report)
     ceiling = report["ceilings"]
     if ceiling["bytes_per_second"] is not None:

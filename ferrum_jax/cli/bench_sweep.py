@@ -71,17 +71,19 @@ class Sweep:
                 )
 
 
-def sweep(model: Model, options: Sweep, ceiling: Ceilings, status: Status) -> dict[str, list[Any]]:
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def sweep(model: Model, options: Sweep, ceiling: Ceilings, status: Status, rows: Rows) -> None:
     """Measure every line.
 
     Args:
       model: loaded or synthetic.
       options: what to measure.
       ceiling: of the device.
-      status: told which line is on and what a line that is over has given, so that less is lost if the sweep is ended.
-
-    Returns:
-      {"decode": rows, "prefill": rows}; a row that does not fit the memory has fits=False and the numbers.
+      status: told which line is on and what a line that is over has given.
+      rows: {"decode": [], "prefill": []}; a line that is over adds its row here, so that a sweep which ends early loses
+        none. A row that does not fit the memory has fits=False and the numbers.
     """
     wanted = list(itertools.product(options.contexts, options.batches))
     decode = [_decode_line(model, batch, context, options) for context, batch in wanted]
@@ -92,7 +94,6 @@ def sweep(model: Model, options: Sweep, ceiling: Ceilings, status: Status) -> di
     compiled = compile_all(model, fitting, counting(model, options.new_tokens) if options.contexts else {})
     cold = {id(line): found for line, found in zip(fitting, compiled, strict=True)}
     status.note(f"compiled for {len(fitting)} lines in {time.perf_counter() - began:.1f} s")
-    rows: dict[str, list[Any]] = {"decode": [], "prefill": []}
     for line, (context, batch) in zip(decode, wanted, strict=True):
         status.update(f"decode, {batch} rows of {context} tokens")
         measure = partial(_decode, model, line, context, options, ceiling, cold.get(id(line)))
@@ -103,7 +104,6 @@ def sweep(model: Model, options: Sweep, ceiling: Ceilings, status: Status) -> di
         measure = partial(_prefill, model, line, options, ceiling, cold.get(id(line)))
         rows["prefill"].append(_fitting(measure, prompt_tokens=prompt))
         status.note(_summary(f"prefill {prompt}", rows["prefill"][-1]))
-    return rows
 
 
 def _summary(name: str, row: dict[str, Any]) -> str:

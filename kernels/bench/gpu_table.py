@@ -90,18 +90,23 @@ def rows(
         logits = [jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)]
         x = jnp.asarray(rng.standard_normal((count, d)), cfg.dtype)
 
-        def run(memory: jax.Array, x: jax.Array, logits: list[jax.Array], stacks: Any) -> jax.Array:
+        def run(memory: Any, x: jax.Array, logits: list[jax.Array], stacks: Any) -> tuple[jax.Array, jax.Array]:
+            arrived = memory[1]
             for layer in range(layers):
-                x, _, _ = routed_experts(x, logits[layer], None, top_k, True, stacks[0], stacks[1], layer)
-            return x
+                given = x, logits[layer], None, top_k, True, *stacks, layer, arrived
+                x, _, _, arrived = routed_experts(*given)
+            return x, arrived
+
+        def memory(x: jax.Array = x) -> tuple[jax.Array, jax.Array]:
+            return jnp.copy(x), jnp.zeros(1, jnp.int32)
 
         began = time.perf_counter()
         # The result takes the last result's memory: a CUDA graph whose memory has moved is changed first.
-        step = jax.jit(run, donate_argnums=0, keep_unused=True).lower(x, x, logits, stacks).compile()
+        step = jax.jit(run, donate_argnums=0, keep_unused=True).lower(memory(), x, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
         error = checked(stacks, count, top_k, routing, cfg.dtype, implementation) if check else None
-        took = [seconds / layers * 1e6 for seconds in times(step, jnp.copy(x), (x, logits, stacks), repeats)]
-        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(jnp.copy(x), x, logits, stacks)))  # noqa: B023
+        took = [seconds / layers * 1e6 for seconds in times(step, memory(), (x, logits, stacks), repeats)]
+        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(memory(), x, logits, stacks)))  # noqa: B023
         chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
         live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
         nbytes = sum(stack.nbytes for stack in stacks) / layers / e * live
@@ -183,7 +188,8 @@ def checked(
         ids, *_ = triton.route(logits, None, top_k, True)
         dead = jnp.ones((layers, experts, 1, 1), bool).at[at, ids.reshape(-1)].set(False)
         up, down = (dataclasses.replace(w, scales=jnp.where(dead, jnp.nan, w.scales)) for w in (up, down))
-        y, ids, _ = backend(implementation).routed_experts(x, logits, None, top_k, True, up, down, at)
+        zero = jnp.zeros(1, jnp.int32)
+        y, ids, *_ = backend(implementation).routed_experts(x, logits, None, top_k, True, up, down, at, zero)
         return y, ids
 
     for shape in ((count * top_k, down.k), (count * top_k, up.k), (count, up.k)):

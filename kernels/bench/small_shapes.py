@@ -123,7 +123,8 @@ def layer(rng: np.random.Generator, dialect: tuple, tokens: int) -> float:
     def run(x: jax.Array, logits: jax.Array, mask: jax.Array, up: Any, down: Any, layer: jax.Array) -> Any:
         ids, weights, live, counts = triton.route(logits, mask, TOP_K, True)
         apart = triton.experts(x, live, weights, counts, up, down, layer)
-        together, *_ = triton.routed_experts(x, logits, mask, TOP_K, True, up, down, layer)
+        zero = jnp.zeros(1, jnp.int32)
+        together, *_ = triton.routed_experts(x, logits, mask, TOP_K, True, up, down, layer, zero)
         return ids, weights, apart, together
 
     ids, weights, apart, together = run(
@@ -189,7 +190,7 @@ def sums(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
     x, y, scale, router = (
         on_the_gpu(rng.standard_normal(shape)) for shape in ((tokens, D), (tokens, D), (2, D), (2, EXPERTS, D))
     )
-    total, norm, logits = triton_norm.add_norm_route(x, y, scale, router, 1, 1e-6, triton.is_interpreted())
+    total, norm, logits, _ = triton_norm.add_norm_route(x, y, scale, router, 1, 1e-6, triton.is_interpreted())
     a, b, total32, norm32, factor, matrix = (
         np.asarray(z, np.float32) for z in (x, y, total, norm, scale[1], router[1])
     )

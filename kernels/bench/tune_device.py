@@ -15,7 +15,7 @@ from tune_cases import Case
 from tune_parts import cut_of
 from tune_rings import ring_of
 
-from ferrum_kernels import dequantize, mosaic_matmul, triton_few, triton_norm, triton_route, triton_rows
+from ferrum_kernels import dequantize, mosaic_matmul, triton_few, triton_norm, triton_place, triton_route, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear, untile
 from ferrum_kernels.triton_matmul import Rows, product
@@ -309,7 +309,7 @@ class Bench:
 
         @jax.jit
         def one(live: jax.Array, counts: jax.Array) -> Any:
-            return triton_route.place(live, counts, self.experts, case.cut, blocks, self.interpret)
+            return triton_place.place(live, counts, self.experts, case.cut, blocks, self.interpret)
 
         def step() -> Any:
             first, *rest = (one(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(ids, counts, strict=True))

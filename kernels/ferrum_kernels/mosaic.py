@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton, triton_dialect, triton_route, triton_tiles
+from ferrum_kernels import triton, triton_dialect, triton_place, triton_tiles
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.mosaic_matmul import Ring, multiprocessors, product
@@ -112,7 +112,8 @@ def routed_experts(
     gate_up: TiledLinear,
     down: TiledLinear,
     layer: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    arrived: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """A whole layer, as `triton.routed_experts`.
 
     Args:
@@ -124,16 +125,20 @@ def routed_experts(
       gate_up: [E, D, 2 F], gate columns first; [L, E, D, 2 F] with `layer`.
       down: [E, F, D], or [L, E, F, D].
       layer: index into the stacks, or None.
+      arrived: int32 [1], zero, with which some tokens are routed and placed by one kernel; None: by two.
 
     Returns:
-      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K]. silu(gate) * up and a pair's output are rounded
-      to x.dtype; sums are float32.
+      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K], and arrived, zero again. silu(gate) * up and a
+      pair's output are rounded to x.dtype; sums are float32.
     """
     how = rings(x.shape[0] * top_k, down.num_experts) if takes(x, gate_up, down) else None
     if how is None:
-        return triton.routed_experts(x, logits, mask, top_k, norm, gate_up, down, layer)
-    chosen, weights, live, counts = triton.route(logits, mask, top_k, norm)
-    return run_experts(x, live, weights, counts, gate_up, down, layer, *how), chosen, weights
+        return triton.routed_experts(x, logits, mask, top_k, norm, gate_up, down, layer, arrived)
+    blocks = max_blocks(x.shape[0] * top_k, down.num_experts, how[0].block)
+    chosen, weights, live, places, arrived = triton_place.route_and_place(
+        logits, mask, arrived, top_k, norm, how[0].columns, blocks, False
+    )
+    return _run(x, live, weights, places, gate_up, down, layer, *how), chosen, weights, arrived
 
 
 def run_experts(
@@ -148,17 +153,32 @@ def run_experts(
     down_ring: Ring,
 ) -> jax.Array:
     """`triton.experts` with these kernels, cut up as told; both rings have the same block of rows."""
-    pairs, top_k = live.size, live.shape[1]
-    num_experts, block = down.num_experts, up_ring.block
-    index = None if layer is None else jnp.asarray(layer, jnp.int32)
-    blocks = max_blocks(pairs, num_experts, block)
+    num_experts = down.num_experts
+    blocks = max_blocks(live.size, num_experts, up_ring.block)
     counts = triton.count(live, num_experts) if counts is None else counts
-    order, *tables = triton_route.place(live, counts, num_experts, up_ring.columns, blocks, False)
+    places = triton_place.place(live, counts, num_experts, up_ring.columns, blocks, False)
+    return _run(x, live, weights, places, gate_up, down, layer, up_ring, down_ring)
+
+
+def _run(
+    x: jax.Array,
+    live: jax.Array,
+    weights: jax.Array,
+    places: tuple[jax.Array, ...],
+    gate_up: TiledLinear,
+    down: TiledLinear,
+    layer: Any,
+    up_ring: Ring,
+    down_ring: Ring,
+) -> jax.Array:
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    order, *tables = places
+    block = up_ring.block
     rows = Rows(block, *tables, order=order)
     # Between the products a block's rows begin at a multiple of the block: a tile copied at once begins at no other.
-    h = product(x, gate_up, index, rows, blocks * block, up_ring, gated=True, pairs_per_row=top_k)
-    y = product(h, down, index, rows, pairs, down_ring, by_pair=True)
-    return triton.add_pairs(y, live, num_experts, weights).astype(x.dtype)
+    h = product(x, gate_up, index, rows, tables[0].shape[0] * block, up_ring, gated=True, pairs_per_row=live.shape[1])
+    y = product(h, down, index, rows, live.size, down_ring, by_pair=True)
+    return triton.add_pairs(y, live, down.num_experts, weights).astype(x.dtype)
 
 
 LEAST_ROWS = 512  # of a product with one matrix; fewer stay with Triton

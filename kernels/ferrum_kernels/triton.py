@@ -1,8 +1,9 @@
 """The Triton backend of Pallas: products and whole expert layers on NVIDIA GPUs from compute capability 8.0 on.
 
 Weights come as TiledLinear, which `tile` makes once at load. An expert layer is two to five kernels: routing
-(triton_route), places of pairs where several share experts, gate and up with silu(gate) * up, down with the routing
-weight, and the sum over each token's experts. Nothing is sorted, sliced or copied, and dead experts are not read.
+(triton_route), places of pairs where several share experts (triton_place), gate and up with silu(gate) * up, down with
+the routing weight, and the sum over each token's experts. Nothing is sorted, sliced or copied, and dead experts are
+not read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton_dialect, triton_few, triton_route, triton_rows
+from ferrum_kernels import triton_dialect, triton_few, triton_place, triton_route, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.packed import PackedLinear
@@ -218,7 +219,9 @@ def experts(
         [h] = triton_few.gated(source, gate_up, layer, cuts[0], top_k, live=live, interpret=_interpret.get())
         return _down_of_few(h, live, weights, down, layer, cuts[1])
     counts = count(live, down.num_experts) if counts is None else counts
-    return _experts_in_blocks(x, live, weights, counts, gate_up, down, layer)
+    sizes, blocks = _blocks(live.size, down.num_experts)
+    places = triton_place.place(live, counts, down.num_experts, sizes, blocks, _interpret.get())
+    return _experts_in_blocks(x, live, weights, places, gate_up, down, layer)
 
 
 def routed_experts(
@@ -230,7 +233,8 @@ def routed_experts(
     gate_up: TiledLinear,
     down: TiledLinear,
     layer: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    arrived: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """`route` and `experts` in one: with few tokens the first kernel of the experts chooses them.
 
     Args:
@@ -240,14 +244,19 @@ def routed_experts(
       top_k: K.
       norm: rescale the K weights to sum to one.
       gate_up, down, layer: as in `experts`.
+      arrived: int32 [1], zero, with which some tokens are routed and placed by one kernel; None: by two.
 
     Returns:
-      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K].
+      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K], and arrived, zero again.
     """
     cuts = few_cuts(x.shape[0] * top_k, top_k, down.num_experts, gate_up, down)
-    if cuts is None or gate_up.perm is not None or gate_up.num_experts > triton_few.MOST_LANES:
+    if cuts is None:
+        how = top_k, norm, *_blocks(x.shape[0] * top_k, down.num_experts), _interpret.get()
+        chosen, weights, live, places, arrived = triton_place.route_and_place(logits, mask, arrived, *how)
+        return _experts_in_blocks(x, live, weights, places, gate_up, down, layer), chosen, weights, arrived
+    if gate_up.perm is not None or gate_up.num_experts > triton_few.MOST_LANES:
         chosen, weights, live, counts = route(logits, mask, top_k, norm)
-        return experts(x, live, weights, counts, gate_up, down, layer), chosen, weights
+        return experts(x, live, weights, counts, gate_up, down, layer), chosen, weights, arrived
     h, chosen, weights, live = triton_few.gated(
         padded(x, gate_up),
         gate_up,
@@ -259,7 +268,7 @@ def routed_experts(
         norm=norm,
         interpret=_interpret.get(),
     )
-    return _down_of_few(h, live, weights, down, layer, cuts[1]), chosen, weights
+    return _down_of_few(h, live, weights, down, layer, cuts[1]), chosen, weights, arrived
 
 
 def _down_of_few(
@@ -270,16 +279,23 @@ def _down_of_few(
     return y[:, : down.n_per_expert]
 
 
+def _blocks(pairs: int, num_experts: int) -> tuple[tuple[int, ...], int]:
+    """Sizes and number of the blocks that a layer's pairs are cut into."""
+    up_block, _, down_block, _ = expert_tiles(pairs, num_experts)
+    block = max(up_block, down_block)
+    return (block,), max_blocks(pairs, num_experts, block)
+
+
 def _experts_in_blocks(
     x: jax.Array,
     live: jax.Array,
     weights: jax.Array,
-    counts: jax.Array,
+    places: tuple[jax.Array, ...],
     gate_up: TiledLinear,
     down: TiledLinear,
     layer: Any,
 ) -> jax.Array:
-    """`experts` by blocks of an expert's pairs."""
+    """`experts` by blocks of an expert's pairs, of which `triton_place.place` gives the places."""
     interpret = _interpret.get()
     tokens, top_k = live.shape
     pairs, features, num_experts = tokens * top_k, down.k, down.num_experts
@@ -289,9 +305,8 @@ def _experts_in_blocks(
     fused = 2 * features == gate_up.words.shape[-2] and features % 16 == 0
     up_tile = fit(up_tile, features if fused else gate_up.words.shape[-2], gate_up.num_blocks)
     down_tile = fit(down_tile, down.words.shape[-2], down.num_blocks)
-    table = max(up_block, down_block)
-    blocks = max_blocks(pairs, num_experts, table)
-    order, *tables = triton_route.place(live, counts, num_experts, (table,), blocks, interpret)
+    (table,), blocks = _blocks(pairs, num_experts)
+    order, *tables = places
     rows = Rows(table, experts=tables[0], starts=tables[1], counts=tables[2], order=order)
 
     def run(x: jax.Array, w: TiledLinear, block: int, tile: Any, out: Any, **how: Any) -> jax.Array:

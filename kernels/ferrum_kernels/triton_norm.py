@@ -20,6 +20,7 @@ from ferrum_kernels.triton_route import power
 FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
 COLUMNS = 4  # experts of a program of that kernel
 DTYPES = (jnp.bfloat16, jnp.float16)
+COUNTER = jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 def takes(x: jax.Array, *others: jax.Array) -> bool:
@@ -82,7 +83,7 @@ def _norm_kernel(
 
 def add_norm_route(
     x: jax.Array, y: jax.Array, weight: jax.Array, router: jax.Array, layer: Any, eps: float, interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """As add_norm, and the logits of a router: one kernel for few tokens, two for more.
 
     Args:
@@ -91,11 +92,12 @@ def add_norm_route(
 
     Returns:
       (sum [T, D], norm [T, D], logits float32 [T, E] or, where `logit_parts` is more than 1, [parts, T, E] to be added
-      up). Products of two 16-bit floats are exact in the float32 sum.
+      up, and int32 [1], zero, for `triton_place.route_and_place`: made here it is no launch of its own). Products of
+      two 16-bit floats are exact in the float32 sum.
     """
     if x.shape[0] > FEW:
         total, norm = add_norm(x, y, weight, layer, eps, interpret)
-        return total, norm, _route(norm, router, layer, interpret)
+        return total, norm, *_route(norm, router, layer, interpret)
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
@@ -106,7 +108,7 @@ def add_norm_route(
     stream = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return pl.pallas_call(
         functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
-        out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32)),
+        out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32), COUNTER),
         grid=(-(-experts // COLUMNS),),
         compiler_params=plgpu.CompilerParams(num_warps=_few_warps(d), num_stages=1),
         interpret=interpret,
@@ -123,7 +125,7 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
     """All inputs of some experts at once, a token after the other."""
     from jax.experimental import pallas as pl
 
-    x, y, weight, router, layer, total, normed, logits = refs
+    x, y, weight, router, layer, total, normed, logits, arrived = refs
     first = pl.program_id(0)
     lane, here = _some(0, power(d), d, interpret)
     column, real = _some(first * COLUMNS, COLUMNS, experts, interpret)
@@ -141,6 +143,11 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
             _store(normed, (row, lane), norm, here)
 
         pl.when(first == 0)(keep)
+    pl.when(first == 0)(lambda: _clear(arrived))
+
+
+def _clear(arrived: Any) -> None:
+    arrived[0] = jnp.int32(0)
 
 
 def logit_parts(tokens: int) -> int:
@@ -153,7 +160,7 @@ def _router_cut(tokens: int) -> tuple[int, int]:
     return (16, 8) if tokens <= 256 else (64, 1)
 
 
-def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.Array:
+def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """float32 x [T, D] @ router.T on the matrix units; not XLA's product, which would make the router float32 first."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
@@ -161,18 +168,18 @@ def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> jax.
     tokens, experts = x.shape[0], router.shape[-2]
     routers, index = _stack(router, layer, 2)
     size, parts = _router_cut(tokens)
-    logits = pl.pallas_call(
+    logits, arrived = pl.pallas_call(
         functools.partial(_route_kernel, size, interpret),
-        out_shape=jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32),
+        out_shape=(jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32), COUNTER),
         grid=(-(-experts // size), -(-tokens // size), parts),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="router",
     )(x, routers, index)
-    return logits[0] if parts == 1 else logits
+    return (logits[0] if parts == 1 else logits), arrived
 
 
-def _route_kernel(size: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any) -> None:
+def _route_kernel(size: int, interpret: bool, x: Any, router: Any, layer: Any, logits: Any, arrived: Any) -> None:
     from jax.experimental import pallas as pl
 
     (parts, tokens, experts), d = logits.shape, x.shape[1]
@@ -192,6 +199,7 @@ def _route_kernel(size: int, interpret: bool, x: Any, router: Any, layer: Any, l
 
     sums = lax.fori_loop(0, -(-each // width), multiply, jnp.zeros((size, size), jnp.float32))
     _store(logits, (part, token[:, None], expert[None, :]), sums, seen[:, None] & real[None, :])
+    pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0) & (part == 0))(lambda: _clear(arrived))
 
 
 def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array, jax.Array]:

@@ -199,6 +199,31 @@ def test_a_device_that_runs_out_of_memory_is_a_row_and_other_errors_are_errors(
     assert main(arguments) == 1 and "INTERNAL: the bus" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(jax.errors.JaxRuntimeError("INTERNAL: the bus"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_a_sweep_that_ends_early_still_prints_the_lines_that_are_over(
+    sizes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    real = bench_sweep._timed
+
+    def second_breaks(model: fj.Model, prompts: Any, line: Any) -> Any:
+        if line.prompt == 9:
+            raise error
+        return real(model, prompts, line)
+
+    monkeypatch.setattr(bench_sweep, "_timed", second_breaks)
+    arguments = ["bench", "--synthetic", sizes, "--prefill", "4,9,5", "--repeats", "1"]
+    assert main([*arguments, "--json"]) == code
+    out, said = capsys.readouterr()
+    found = json.loads(out)
+    assert [row["prompt_tokens"] for row in found["prefill"]] == [4] and found["prefill"][0]["tokens_per_second"] > 0
+    assert found["ended_by"] == (str(error) or "KeyboardInterrupt")
+    assert "INTERNAL: the bus" in said or code == 130
+    assert main(arguments) == code
+    assert f"ended early: {found['ended_by']}" in capsys.readouterr().out
+
+
 def test_steps_that_do_not_fit_beside_the_cache_are_a_row_too(
     sizes: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,16 +25,14 @@ from ferrum_kernels import (
     to_blocks,
     triton,
 )
-from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_few import down as down_of_few
 from ferrum_kernels.triton_matmul import Rows, Tile, product
-from ferrum_kernels.triton_route import chunks, place
 from ferrum_kernels.triton_rows import cut_for
 from ferrum_kernels.triton_tiles import few_cuts
 from tests.support.gptq_cases import make_linear, make_stack
-from tests.support.triton_cases import check_places, expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
+from tests.support.triton_cases import expert_layer, ignore_deprecation, lower_for_cuda, normal, relative
 
 pytestmark = [
     ignore_deprecation,
@@ -198,7 +196,11 @@ def test_a_layer_that_routes(case, tokens):
     logits = np.array(normal(tokens + 1, tokens, EXPERTS))
     logits[0] = [0, 1, 1, 0, -np.inf, 0, 0, 0]
     mask = np.arange(tokens) % 4 != 3
-    y, chosen, weights = triton.routed_experts(x, jnp.asarray(logits), jnp.asarray(mask), 2, True, gate_up, down, None)
+    given = x, jnp.asarray(logits), jnp.asarray(mask), 2, True, gate_up, down, None
+    y, chosen, weights, arrived = triton.routed_experts(*given, jnp.zeros(1, jnp.int32))
+    assert arrived is not None and arrived.tolist() == [0]
+    for one, other in zip((y, chosen, weights), triton.routed_experts(*given), strict=False):
+        np.testing.assert_array_equal(one, other)
     probs, expected = jax.lax.top_k(jax.nn.softmax(jnp.asarray(logits)), 2)
     np.testing.assert_array_equal(chosen, expected)
     np.testing.assert_allclose(weights, probs / probs.sum(1, keepdims=True), rtol=1e-5)
@@ -212,7 +214,7 @@ def test_a_token_whose_logits_are_not_finite_does_not_touch_others(tokens):
     gate_up, down, _, _ = layer_of(0)
     x = jnp.asarray(normal(0, tokens + 1, gate_up.k), jnp.bfloat16)
     logits = jnp.asarray(normal(1, tokens + 1, EXPERTS)).at[0].set(jnp.nan)
-    y, chosen, weights = triton.routed_experts(x, logits, None, 2, True, gate_up, down, None)
+    y, chosen, weights, _ = triton.routed_experts(x, logits, None, 2, True, gate_up, down, None)
     assert chosen[0].tolist() == [0, 1]
     assert np.isnan(np.asarray(weights[0])).all() and np.isnan(np.asarray(y[0], np.float32)).all()
     assert np.isfinite(np.asarray(y[1:], np.float32)).all()
@@ -250,59 +252,6 @@ def test_any_load_of_experts(load):
     weights = np.ones((20, 2), np.float32)
     y = triton.experts(x, jnp.asarray(ids), jnp.asarray(weights), None, gate_up, down, None)
     assert relative(y, expert_layer(np.asarray(x), ids, weights, dense_up, dense_down)) < TWO_ROUNDINGS
-
-
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 128, 8), (5, 60, 6), (300, 8, 2)])
-@pytest.mark.parametrize("norm", [True, False])
-def test_routing_picks_the_best(tokens, experts, top_k, norm):
-    logits = jnp.asarray(normal(0, tokens, experts))
-    mask = jnp.arange(tokens) % 3 != 1
-    chosen, weights, live, counts = triton.route(logits, mask, top_k, norm)
-    probs, expected = jax.lax.top_k(jax.nn.softmax(logits), top_k)
-    np.testing.assert_array_equal(chosen, expected)
-    np.testing.assert_allclose(weights, probs / probs.sum(1, keepdims=True) if norm else probs, rtol=1e-5)
-    np.testing.assert_array_equal(live, np.where(np.asarray(mask)[:, None], expected, experts))
-    np.testing.assert_array_equal(counts, triton.count(live, experts))
-
-
-def test_routing_settles_ties_and_shows_what_is_not_finite():
-    logits = jnp.asarray([[0.0, 1.0, 1.0, 0.0], [0.0, jnp.nan, 0.0, 0.0], [0.0, jnp.inf, 0, 0], [-jnp.inf, 0, 1, -1]])
-    chosen, weights, _, _ = triton.route(logits, None, 2, True)
-    assert chosen[0].tolist() == [1, 2]
-    assert chosen[3].tolist() == [2, 1]
-    assert np.isnan(weights[1:3]).all()
-    assert np.isfinite(weights[jnp.asarray([0, 3])]).all()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "sizes"),
-    [
-        (1, 1, 1, (8,)),
-        (7, 20, 3, (1,)),
-        (150, 7, 2, (8,)),
-        (200, 5, 1, (64,)),
-        (150, 40, 2, (2, 4, 8)),
-        (9, 3, 2, (2, 8)),
-    ],
-)
-def test_places_are_a_stable_sort_cut_into_blocks_of_which_the_largest_come_first(tokens, experts, top_k, sizes):
-    live = np.random.default_rng(tokens).integers(0, experts + 1, (tokens, top_k)).astype(np.int32)
-    counts = triton.count(jnp.asarray(live), experts)
-    assert counts.shape[0] == chunks(tokens)
-    blocks = max_blocks(tokens * top_k, experts, sizes[-1])
-    check_places(place(jnp.asarray(live), counts, experts, sizes, blocks, True), live, experts, sizes)
-
-
-@pytest.mark.parametrize("tokens", [3, 40])
-def test_routing_adds_up_the_parts_of_logits(tokens):
-    parts = jnp.asarray(normal(0, 3, tokens, 16)).at[:, :, 4].set(2.0).at[:, :, 9].set(2.0)  # two experts alike
-    for one, other in zip(triton.route(parts, None, 4, True), triton.route(parts.sum(0), None, 4, True), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_ids_that_name_nobody_are_not_counted():
-    counts = np.asarray(triton.count(jnp.asarray([[-2, 0], [5, 4], [-1, 9]]), 5)).sum(0)
-    np.testing.assert_array_equal(counts, np.eye(16, dtype=int)[[0, 4]].sum(0))
 
 
 def test_float32_is_refused():
@@ -372,18 +321,20 @@ def test_a_layer_lowers_for_cuda_without_a_copy_of_its_stack(case, tokens):
     layers = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), (gate_up, down))
     token = jax.ShapeDtypeStruct((tokens, gate_up.k), jnp.bfloat16)
 
-    def run(x, logits, stacks, layer):
+    def run(x, logits, stacks, layer, arrived):
         with triton.interpreted(False):
-            return triton.routed_experts(x, logits, None, 2, True, stacks[0], stacks[1], layer)[0]
+            return triton.routed_experts(x, logits, None, 2, True, stacks[0], stacks[1], layer, arrived)[0]
 
     logits = jax.ShapeDtypeStruct((tokens, EXPERTS), jnp.float32)
-    text = lower_for_cuda(run, token, logits, layers, jax.ShapeDtypeStruct((), jnp.int32))
+    index, counter = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    text = lower_for_cuda(run, token, logits, layers, index, counter)
     names = {"x".join(map(str, s.words.shape)) for s in layers}
     for line in text.splitlines():
         if any(f"tensor<{name}xui16>" in line for name in names):
             assert "custom_call" in line or "func.func" in line, line
-    # Routing, places, two products; few tokens need no places where columns fit, and their first product routes.
-    kernels = {0: 2, 1: 3, 2: 4}[case] if tokens == 1 else 4
+    # Routing, places, two products; some tokens are routed and placed by one kernel; few need no places where columns
+    # fit, and their first product routes.
+    kernels = {1: {0: 2, 1: 3, 2: 3}[case], 16: 3, 512: 4}[tokens]
     assert len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text)) == kernels
 
 

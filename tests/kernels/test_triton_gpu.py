@@ -17,7 +17,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.sampling_filters import draw_best, keep_best
 from ferrum_jax.sampling_stages import gumbel
-from ferrum_kernels import gptq_matmul, tile, triton, triton_norm, triton_parts, triton_route, triton_rows
+from ferrum_kernels import gptq_matmul, tile, triton, triton_norm, triton_parts, triton_place, triton_rows
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
@@ -137,11 +137,11 @@ def check_layer(rng, made, tokens, load):
         ids, weights, live, counts = triton.route(logits, None, top_k, True)
         dead = jnp.ones(E, bool).at[ids.reshape(-1)].set(False)
         up, down = (without(stack, dead) for stack in stacks)
-        together = triton.routed_experts(x, logits, None, top_k, True, up, down, 1)
+        together = triton.routed_experts(x, logits, None, top_k, True, up, down, 1, jnp.zeros(1, jnp.int32))
         return ids, weights, triton.experts(x, live, weights, counts, up, down, 1), *together
 
     poison((tokens * top_k, F), (tokens * top_k, D), (tokens, D))
-    ids, weights, y, together, *routing = run(x, logits, stacks)
+    ids, weights, y, together, *routing, arrived = run(x, logits, stacks)
     best, _ = jax.lax.top_k(logits, top_k)
     np.testing.assert_allclose(jnp.take_along_axis(logits, ids, 1), best, atol=1e-4)
     some = rng.permutation(tokens)[:40]
@@ -153,6 +153,7 @@ def check_layer(rng, made, tokens, load):
     # Chosen in the experts' own kernel or before it, and at every run.
     np.testing.assert_array_equal(routing[0], ids)
     np.testing.assert_allclose(routing[1], weights, rtol=1e-5)
+    assert arrived.tolist() == [0]
     assert relative(together, np.asarray(y, np.float64)) < ONE_ROUNDING
     assert (run(x, logits, stacks)[2] == y).all()
     assert (run(x, logits, stacks)[3] == together).all()
@@ -183,7 +184,7 @@ def test_masked_tokens_are_sent_nowhere(rng, tokens):
     assert (np.asarray(nothing) == 0).all()
 
 
-@pytest.mark.parametrize("tokens", [9, 16, 64, 300, 4096])
+@pytest.mark.parametrize("tokens", [9, 16, 64, 128, 300, 600, 4096])
 @pytest.mark.parametrize(("experts", "top_k", "sizes"), [(128, 8, (8, 32)), (60, 6, (16,)), (8, 2, (16, 24, 32))])
 def test_routing_and_places(rng, tokens, experts, top_k, sizes):
     parts = jnp.asarray(rng.standard_normal((3, tokens, experts)), jnp.float32)
@@ -193,15 +194,25 @@ def test_routing_and_places(rng, tokens, experts, top_k, sizes):
     @jax.jit
     def run(parts, mask):
         chosen, weights, live, counts = triton.route(parts, mask, top_k, True)
-        return chosen, weights, live, triton_route.place(live, counts, experts, sizes, blocks, False)
+        apart = chosen, weights, live, triton_place.place(live, counts, experts, sizes, blocks, False)
+        how = top_k, True, sizes, blocks, False
+        one = triton_place.route_and_place(parts, mask, jnp.zeros(1, jnp.int32), *how)
+        # The counter is zero again, so the same array serves a second time.
+        return apart, one, triton_place.route_and_place(parts, mask, one[-1], *how)
 
-    chosen, weights, live, places = run(parts, mask)
+    apart, *together = run(parts, mask)
+    chosen, weights, live, places = apart
     logits = parts.sum(0)
     best, _ = jax.lax.top_k(logits, top_k)
     np.testing.assert_allclose(jnp.take_along_axis(logits, chosen, 1), best, atol=1e-4)
     np.testing.assert_allclose(weights, jax.nn.softmax(best), rtol=1e-4)
     np.testing.assert_array_equal(live, np.where(np.asarray(mask)[:, None], chosen, experts))
     check_places(places, np.asarray(live), experts, sizes)
+    for *routing, others, arrived in together:
+        assert arrived.tolist() == [0]
+        for one, other in zip(routing, apart, strict=False):
+            np.testing.assert_array_equal(one, other)
+        check_places(others, np.asarray(live), experts, sizes)
 
 
 def test_no_tokens():
@@ -267,11 +278,11 @@ def test_sums_norms_and_router_logits(tokens):
     )
     y = jnp.asarray(rng.standard_normal((tokens, 2048)), jnp.bfloat16)
     poison((tokens, 2048), (tokens, 2048), (tokens, 128))
-    total, norm, logits = triton_norm.add_norm_route(x, y, weight, router, jnp.int32(2), 1e-6, False)
+    total, norm, logits, arrived = triton_norm.add_norm_route(x, y, weight, router, jnp.int32(2), 1e-6, False)
     exact = np.asarray(total, np.float64)
     np.testing.assert_array_equal(total, (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype))
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight[2], np.float64)
-    assert relative(norm, exact) < ONE_ROUNDING
+    assert relative(norm, exact) < ONE_ROUNDING and arrived.tolist() == [0]
     logits = logits.reshape(-1, tokens, 128).sum(0)
     assert relative(logits, np.asarray(norm, np.float64) @ np.asarray(router[2], np.float64).T) < 1e-5
 

@@ -44,6 +44,7 @@ def test_sum_norm_and_logits(tokens, d, experts, dtype):
         parts = triton_norm.logit_parts(tokens)
         assert found[2].shape == ((parts, tokens, experts) if parts > 1 else (tokens, experts))
         assert found[2].dtype == jnp.float32 and relative(found[2].reshape(parts, tokens, -1).sum(0), logits) < 1e-6
+        assert found[3].tolist() == [0]
         again = triton_norm.add_norm(x, y, weight, layer, EPS, True)
         for one, other in zip(found, again, strict=False):
             np.testing.assert_array_equal(one, other)
@@ -62,7 +63,7 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone():
         whole = triton_norm.add_norm_route(x, y, weight, router, 0, EPS, True)
         broken = triton_norm.add_norm_route(x.at[1, 5].set(jnp.nan), y, weight, router, 0, EPS, True)
         assert jnp.isnan(broken[1][1]).all() and jnp.isnan(broken[2][..., 1, :]).all()
-        for one, other in zip(whole, broken, strict=True):
+        for one, other in zip(whole[:3], broken[:3], strict=True):
             np.testing.assert_array_equal(np.delete(one, 1, -2), np.delete(other, 1, -2))
 
 

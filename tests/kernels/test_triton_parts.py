@@ -73,7 +73,7 @@ def test_the_parts_of_a_layer_and_their_sum(dtype, act_order):
     whole = parts.sum(0)
     few = slice(0, 1)  # rows of the kernel that gives logits too
     for rows in (few, slice(None)):
-        total, norm, logits = add_norm_route(stream[rows], parts[:, rows], weight, router, cfg, 1)
+        total, norm, logits, _ = add_norm_route(stream[rows], parts[:, rows], weight, router, cfg, 1)
         np.testing.assert_array_equal(total, (stream[rows].astype(jnp.float32) + whole[rows]).astype(dtype))
         again = add_norm(stream[rows], parts[:, rows], weight, cfg, 1)
         np.testing.assert_array_equal(again[0], total)

@@ -33,7 +33,7 @@ def expert_layer(
 
 
 def check_places(places: Any, live: np.ndarray, experts: int, sizes: tuple[int, ...]) -> None:
-    """Hold what `triton_route.place` gives against a stable sort, cut into blocks of which the largest come first."""
+    """Hold what `triton_place.place` gives against a stable sort, cut into blocks of which the largest come first."""
     order, *tables = map(np.asarray, places)
     flat = live.reshape(-1)
     real = int((flat < experts).sum())
