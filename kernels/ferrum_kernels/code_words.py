@@ -29,8 +29,8 @@ def to_words(codes: jax.Array) -> jax.Array:
     """Words int32 [..., h / 4] of codes [..., h].
 
     >>> import jax.numpy as jnp
-    >>> [hex(word) for word in to_words(jnp.array([-128, 1, -127, 2, 0, 3, -126, 4])).tolist()]
-    ['0x2800100', '-0x7b7c7d7e']
+    >>> [hex(word) for word in to_words(jnp.array([-128, 1, -127, 2, -126, 3, -125, -125])).tolist()]
+    ['0x3020100', '0x3838281']
     """
     return packed(tuple(jnp.split(codes, WORD, axis=-1)))
 

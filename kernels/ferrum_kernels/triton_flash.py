@@ -312,8 +312,9 @@ def sweep(
         column = block[:, None] if jnp.ndim(block) else block
         # A turn ahead, because keys and values wait for it.
         pages = pages_of(s, r, row, tile_of(i + 1) * tile)
-        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN.
-        mask = None if visible is None else alive[:, None]
+        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN. Codes are numbers
+        # whatever they are, and tiles that lie whole in the cache can be read whole.
+        mask = None if visible is None or (s.codes and s.block == tile) else alive[:, None]
 
         def held(name: str, shift: float = 0.0) -> tuple[jax.Array, ...]:
             return floats(s, read(r[name], (layer, column, slot[:, None], head, lane), mask), shift)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from ferrum_kernels import triton, triton_attend, triton_attention, triton_attention_cuts
+from ferrum_kernels import code_words, triton, triton_attend, triton_attention, triton_attention_cuts
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_flash import Cut, Statics
-from tests.support.attention_cases import Case, build, check, fused
+from tests.support.attention_cases import Case, build, check, fused, in_words
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
 
 pytestmark = [
@@ -200,3 +200,16 @@ def test_a_product_of_another_width_is_refused():
     args = fused(build(ONE)[0])
     with pytest.raises(ShapeError, match=r"it is \[B, T, \(H \+ 4\) \* 32\]: queries, keys, values"):
         triton_attention.attention_fused(**{**args, "qkv": args["qkv"][..., :128]})
+
+
+def test_words_hold_the_codes_that_plain_numpy_packs():
+    codes = np.random.default_rng(0).integers(-128, 128, (3, 2, 64)).astype(np.int8)
+    words = code_words.to_words(jnp.asarray(codes))
+    assert words.dtype == jnp.int32
+    np.testing.assert_array_equal(words, in_words(codes))
+    np.testing.assert_array_equal(code_words.from_words(words), codes)
+
+
+def test_int8_of_narrow_heads_is_refused():
+    with pytest.raises(ShapeError, match=r"on 2 of 32 in bfloat16: .* from 64 in int8, and whole groups"):
+        triton_attention.attention(**build(Case(**RAGGED, cache="int8"))[0])
