@@ -23,6 +23,7 @@ from ferrum_kernels.triton_flash import (
     store_strips,
     summed,
     sweep,
+    unweave,
 )
 from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
 
@@ -244,7 +245,9 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
 
         state = sweep(s, r, q, row, head, edges, edge, visible, end, nothing(s))
         _, total, values = sweep(s, r, q, row, head, (inner, outer), lambda i: i, None, end, state)
-        y = tuple(jnp.where((token < count)[:, None], x * (1.0 / summed(s, total))[:, None], 0.0) for x in values)
+        seen = (token < count)[:, None]
+        y = tuple(jnp.where(seen, x * (1.0 / summed(s, total))[:, None], 0.0) for x in values)
+        y = unweave(s, tuple(x.astype(out["y"].dtype) for x in y))
         put(y, token, query_head, alive)
 
     def nobody() -> None:

@@ -1,7 +1,8 @@
 """What the attention kernels of the Triton backend are made of: where a row lies in the cache, and a sweep over it.
 
-A kernel sees the caches as [L, blocks, block, Kv, h], the pages one behind the other. All of it works on tiles: M queries
-of one key head (its query heads, padded, times some tokens) by some positions of the cache, with the softmax online.
+A kernel sees the caches as [L, blocks, block, Kv, h], the pages one behind the other. All of it works on tiles: M
+queries of one key head (its query heads, padded, times some tokens) by some positions of the cache, with the softmax
+kept online.
 
 Codes lie four to a word, and a word becomes four float16 in as many strips of a head: matrix instructions want two
 positions of one channel in a register, which two words give four times over, where bytes would be read one by one.
@@ -111,6 +112,11 @@ class Statics:
         return self.head_dim // self.strips
 
     @property
+    def woven(self) -> bool:
+        """Whether strips are woven into one tile: large products lose more by being cut than weaving costs."""
+        return self.codes and self.cut.queries > 1
+
+    @property
     def unit(self) -> float:
         """What makes a score a power of two."""
         return LOG2_E / math.sqrt(self.head_dim)
@@ -192,27 +198,48 @@ def power(x: jax.Array, interpret: bool) -> jax.Array:
     return y
 
 
+def weave(s: Statics, strips: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Four strips [n, h / 4] as one tile [n, h], channels in the order of words, where tiles are woven."""
+    if not s.woven:
+        return strips
+    halves = jnp.stack(strips[::2], -1), jnp.stack(strips[1::2], -1)
+    return (jnp.stack(halves, -1).reshape(-1, s.head_dim),)
+
+
+def unweave(s: Statics, tiles: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Channels as they are counted, of what was woven."""
+    if not s.woven:
+        return tiles
+    [tile] = tiles
+    return (jnp.transpose(tile.reshape(-1, s.strip, WORD), (0, 2, 1)).reshape(-1, s.head_dim),)
+
+
 def floats(s: Statics, x: jax.Array, shift: float = 0.0) -> tuple[jax.Array, ...]:
-    """A tile of the cache in the dtype of the products, by strips.
+    """A tile of the cache in the dtype of the products, by strips or woven.
 
     Codes are exact in float16, and cost an instruction less where they are taken SHIFT larger.
     """
     if not s.codes:
         return (x.astype(s.dtype),)
     if s.interpret:
-        return tuple((codes + int(shift)).astype(s.dtype) for codes in unpacked(x))
+        return weave(s, tuple((codes + int(shift)).astype(s.dtype) for codes in unpacked(x)))
     from jax.experimental.pallas import triton as plgpu
 
     def strip(byte: int) -> jax.Array:
         """A byte of each of two words: 0x6400 | code + 128 is 1024 + code + 128 in float16."""
         pair, half = ("0x5140", "0x7362")[byte // 2], ("0x4140", "0x4342")[byte % 2]
-        asm = f"{{ .reg .b32 m, c; mov.b32 c, %ctaid.z; or.b32 c, c, 0x64646464; prmt.b32 m, $1, $2, {pair}; prmt.b32 $0, m, c, {half};"
-        asm += "}" if shift else " mov.b32 m, 0x64806480; sub.f16x2 $0, $0, m; }"
+        # Grids of two axes have no third: %ctaid.z is zero, which the compiler does not know. As a plain constant 0x64..
+        # would sit in the instruction, and the selector be moved to a register each time.
+        asm = (
+            f"{{ .reg .b32 t, c; mov.u32 c, %ctaid.z; or.b32 c, c, 0x64646464; "
+            f"prmt.b32 t, $1, $2, {pair}; prmt.b32 $0, t, c, {half}; "
+        )
+        asm += "}" if shift else "mov.b32 t, 0x64806480; sub.f16x2 $0, $0, t; }"
         out = [jax.ShapeDtypeStruct(x.shape, jnp.float16)]
         [y] = plgpu.elementwise_inline_asm(asm, args=[x], constraints="=&r,r,r", pack=2, result_shape_dtypes=out)
         return y
 
-    return tuple(strip(byte) for byte in range(WORD))
+    return weave(s, tuple(strip(byte) for byte in range(WORD)))
 
 
 Slots = tuple[Any, jax.Array]  # blocks of the cache, int32 [n] or one number, and int32 [n] places in them
@@ -249,7 +276,7 @@ def tile_slots(s: Statics, row: Any, first: Any, pages: Any) -> Slots:
 
 
 # float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding
-# them up costs time; float32 weighted values [M, h], by strips.
+# them up costs time; float32 weighted values [M, h], by strips or woven.
 State = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
@@ -257,7 +284,7 @@ def nothing(s: Statics) -> State:
     """The state before any position was seen."""
     sums = (s.width,) if s.cut.queries > 1 else (s.width, s.cut.tile)
     most, total = (jnp.zeros(shape, jnp.float32) for shape in ((s.width,), sums))
-    return most + LEAST, total, (jnp.zeros((s.width, s.strip), jnp.float32),) * s.strips
+    return most + LEAST, total, weave(s, (jnp.zeros((s.width, s.strip), jnp.float32),) * s.strips)
 
 
 def summed(s: Statics, total: jax.Array) -> jax.Array:
@@ -282,7 +309,7 @@ def sweep(
     Args:
       s: statics.
       r: the kernel's arrays.
-      q: [M, h], by strips.
+      q: [M, h], by strips or woven.
       row: row of the batch.
       head: key head.
       turns: first turn of the loop, and the one after its last.
@@ -312,14 +339,14 @@ def sweep(
         column = block[:, None] if jnp.ndim(block) else block
         # A turn ahead, because keys and values wait for it.
         pages = pages_of(s, r, row, tile_of(i + 1) * tile)
-        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN. Codes are numbers
-        # whatever they are, and tiles that lie whole in the cache can be read whole.
+        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN. Codes are
+        # always numbers: tiles that lie whole in the cache are read whole.
         mask = None if visible is None or (s.codes and s.block == tile) else alive[:, None]
 
         def held(name: str, shift: float = 0.0) -> tuple[jax.Array, ...]:
             return floats(s, read(r[name], (layer, column, slot[:, None], head, lane), mask), shift)
 
-        parts = [product(*x, (1, 1), s.interpret) for x in zip(q, held("keys", shift), strict=True)]
+        parts = [product(*x, (1, 1), s.interpret) for x in zip(weave(s, q), held("keys", shift), strict=True)]
         scores = functools.reduce(jnp.add, shifted + parts)
         if s.codes:
             scores = scores * read(r["key_scales"], (layer, block, slot, head), alive)[None, :]
