@@ -16,7 +16,7 @@ from ferrum_jax.errors import CapacityError
 from ferrum_jax.layers import uses_cpu_kernels, uses_triton
 from ferrum_jax.params import layout_for, num_bytes
 from ferrum_jax.plan import Plan, make_plan
-from ferrum_kernels.triton_attention import reaches, refuses
+from ferrum_kernels.triton_attention import refuses
 
 GIB = 2**30
 WIDEST_ON_XLA = 512  # tokens of a prompt at once where all of their scores are held
@@ -53,27 +53,6 @@ def token_bytes(cfg: ModelConfig, dtype: Any = None) -> int:
     dtype = cache_dtype(cfg, dtype)
     scale = 4 if dtype == jnp.int8 else 0
     return 2 * cfg.num_layers * cfg.num_kv_heads * (cfg.head_dim * dtype.itemsize + scale)
-
-
-def reachable_pages(cfg: ModelConfig, pages: int, page: int, dtype: Any = None) -> int:
-    """So many pages, or as many fewer as the attention kernels can address.
-
-    Keys in int8 of between 2 and 4 GiB are beyond the offsets of the GPU kernels: then it is 2 GiB of them.
-
-    Args:
-      cfg: the model.
-      pages: wanted.
-      page: tokens of a page.
-      dtype: of the cache; None means cfg.dtype.
-
-    >>> import ferrum_jax as fj
-    >>> reachable_pages(fj.load("demo").cfg, 100, 16, "int8")
-    100
-    """
-    codes = cfg.num_layers * page * cfg.num_kv_heads * cfg.head_dim
-    if cache_dtype(cfg, dtype) != jnp.int8 or not uses_triton(cfg) or reaches(pages * codes):
-        return pages
-    return 2**31 // codes
 
 
 def step_bytes(cfg: ModelConfig, rows: int, width: int, length: int, paged: bool = False, dtype: Any = None) -> int:

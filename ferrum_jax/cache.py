@@ -1,7 +1,7 @@
 """The key/value cache: contiguous slots per sequence, written in place when its buffers are donated.
 
 `ferrum_jax.paged` has the other kind, slots in pages. Either holds keys and values as floats, or as int8 with one
-float32 scale per token and head.
+float32 scale per token and head, four codes to a word as `ferrum_kernels.code_words` lays them out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import CapacityError, ConfigError
+from ferrum_kernels.code_words import WORD, from_words, to_words
 
 DTYPES = ("bfloat16", "float16", "float32", "int8")
 
@@ -24,10 +25,10 @@ class KVCache:
     """Keys and values of every layer.
 
     Attributes:
-      k: [L, B, S, Kv, h] keys, rotated.
-      v: [L, B, S, Kv, h] values.
+      k: [L, B, S, Kv, h] keys, rotated; int32 [L, B, S, Kv, h / 4] where they are int8 codes, in words.
+      v: the same of the values.
       lengths: int32 [B], tokens each row holds.
-      k_scale: float32 [L, B, S, Kv] where keys are int8 codes, else None.
+      k_scale: float32 [L, B, S, Kv] where keys are codes, else None.
       v_scale: the same of the values.
     """
 
@@ -42,8 +43,18 @@ class KVCache:
         """S, tokens a row can hold."""
         return self.k.shape[2]
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of keys and values: int8 where they are codes."""
+        return dtype_of(self)
+
 
 jax.tree_util.register_dataclass(KVCache, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=[])
+
+
+def dtype_of(cache: Any) -> jnp.dtype:
+    """The dtype that a cache of either kind was made with."""
+    return jnp.dtype(cache.k.dtype if cache.k_scale is None else jnp.int8)
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = None) -> KVCache:
@@ -60,7 +71,7 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = None) -> 
 
     Raises:
       CapacityError: batch or length is not positive, or length exceeds the model's context.
-      ConfigError: a cache has no such dtype.
+      ConfigError: a cache has no such dtype, or not for such heads.
 
     >>> import ferrum_jax as fj
     >>> fj.init_cache(fj.load("demo").cfg, batch=4, length=128).k.shape
@@ -92,43 +103,50 @@ def cache_dtype(cfg: ModelConfig, dtype: Any) -> jnp.dtype:
 
 
 def empty_buffers(cfg: ModelConfig, slots: tuple[int, int], dtype: Any) -> tuple[Any, Any, Any, Any]:
-    """Zeros for keys and values [L, *slots, Kv, h] and, where they are codes, for their scales [L, *slots, Kv]."""
+    """Zeros for keys and values [L, *slots, Kv, h] or, of codes, [L, *slots, Kv, h / 4] and scales [L, *slots, Kv]."""
     dtype = cache_dtype(cfg, dtype)
     shape = (cfg.num_layers, *slots, cfg.num_kv_heads, cfg.head_dim)
-    k, v = (jnp.zeros(shape, dtype) for _ in range(2))
     if dtype != jnp.int8:
+        k, v = (jnp.zeros(shape, dtype) for _ in range(2))
         return k, v, None, None
+    if cfg.head_dim % WORD:
+        raise ConfigError(
+            f'a cache of dtype="int8" takes heads of a multiple of {WORD} channels; this model has heads of '
+            f"{cfg.head_dim}. Use a float dtype."
+        )
+    k, v = (jnp.zeros((*shape[:-1], cfg.head_dim // WORD), jnp.int32) for _ in range(2))
     k_scale, v_scale = (jnp.zeros(shape[:-1], jnp.float32) for _ in range(2))
     return k, v, k_scale, v_scale
 
 
 def quantise(heads: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys or values as int8 codes and one scale per head: the largest magnitude of a head becomes 127.
+    """Keys or values as words of int8 codes, and one scale per head: the largest magnitude of a head becomes 127.
 
     Args:
       heads: float [..., h].
 
     Returns:
-      (int8 [..., h], float32 [...]). A value that is not finite makes its scale so, and the head reads as NaN.
+      (int32 [..., h / 4], float32 [...]). A value that is not finite makes its scale so, and the head reads as NaN.
 
-    >>> codes, scale = quantise(jnp.array([0.5, -1.27]))
-    >>> codes.tolist(), round(float(scale), 4)
-    ([50, -127], 0.01)
+    >>> words, scale = quantise(jnp.array([0.5, -1.27, 0.0, 1.0]))
+    >>> from_words(words).tolist(), round(float(scale), 4)
+    ([50, -127, 0, 100], 0.01)
     """
     wide = heads.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-1) / 127
     codes = jnp.round(wide / jnp.where(scale > 0, scale, 1)[..., None])
     # Not every device says what a NaN is as an integer.
-    return jnp.where(jnp.isfinite(codes), jnp.clip(codes, -127, 127), 0).astype(jnp.int8), _or_nan(scale)
+    codes = jnp.where(jnp.isfinite(codes), jnp.clip(codes, -127, 127), 0)
+    return to_words(codes.astype(jnp.int32)), _or_nan(scale)
 
 
 def _or_nan(scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
 
-def dequantise(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """The heads that codes int8 [..., h] and scales float32 [...] stand for, computed in float32."""
-    return (codes.astype(jnp.float32) * scale[..., None]).astype(dtype)
+def dequantise(words: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """The heads [..., h] that words of codes int32 [..., h / 4] and scales float32 [...] stand for, by float32."""
+    return (from_words(words).astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def write(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ferrum_jax.buckets import BETWEEN_TOKENS, Buckets, CompileRecord, structure_of
-from ferrum_jax.budget import MemoryPlan, buckets_for, plan_memory, reachable_pages, step_bytes
+from ferrum_jax.budget import MemoryPlan, buckets_for, plan_memory, step_bytes
 from ferrum_jax.cache import cache_dtype as dtype_of_cache
 from ferrum_jax.checkpoint.load import Model
 from ferrum_jax.engine_steps import (
@@ -105,8 +105,8 @@ class Engine:
         Args:
           model: from load.
           slots: sequences on the device together.
-          pages: pages of the pool; None means as many as fit the device's free memory and its kernels reach, at most a
-            whole context for every slot.
+          pages: pages of the pool; None means as many as fit the device's free memory, at most a whole context for
+            every slot.
           page: tokens of a page.
           buckets: sizes to compile for. The last of `widths()`, at most 1024 unless given, is the most prompt tokens
             that a step reads between two tokens of the others.
@@ -145,7 +145,7 @@ class Engine:
                 # Other programs use the host's memory too.
                 share = 0.5 if jax.default_backend() == "cpu" else 0.9
                 fitting = max(1, min(whole, int(memory.pages * share)))
-                shape = dataclasses.replace(shape, pages=reachable_pages(cfg, fitting, page, dtype.name))
+                shape = dataclasses.replace(shape, pages=fitting)
                 self._steps = steps_for(cfg, shape, structure)
             memory.check(shape.pages)
         self._shape, self._schedule = shape, Schedule(slots, shape.pages, page)

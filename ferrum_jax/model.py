@@ -259,7 +259,7 @@ def _attention_of(cfg: ModelConfig, cache: Cache) -> Callable[..., Attend]:
     if implementation not in mosaic.NAMES:
         return _attend
     page = cache.page if isinstance(cache, PagedCache) else None
-    problem = triton_attention.refuses(cfg.dtype, cfg.head_dim, cache.k.dtype, page)
+    problem = triton_attention.refuses(cfg.dtype, cfg.head_dim, cache.dtype, page)
     if problem is None:
         return _attend_on_triton
     if cfg.implementation is not None:

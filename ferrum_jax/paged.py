@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ferrum_jax.cache import KVCache, dequantise, empty_buffers, quantise, write
+from ferrum_jax.cache import KVCache, dequantise, dtype_of, empty_buffers, quantise, write
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import CapacityError
 
@@ -25,11 +25,12 @@ class PagedCache:
     """Keys and values of every layer, in pages.
 
     Attributes:
-      k: [L, P, page, Kv, h] keys, rotated; slot s of row b is k[:, table[b, s // page], s % page].
-      v: [L, P, page, Kv, h] values.
+      k: [L, P, page, Kv, h] keys, rotated; slot s of row b is k[:, table[b, s // page], s % page]. Of int8 codes, in
+        words, int32 [L, P, page, Kv, h / 4].
+      v: the same of the values.
       table: int32 [B, pages per row]; an id outside 0 to P - 1 is no page: what would be written there is dropped.
       lengths: int32 [B], tokens each row holds.
-      k_scale: float32 [L, P, page, Kv] where keys are int8 codes, else None.
+      k_scale: float32 [L, P, page, Kv] where keys are codes, else None.
       v_scale: the same of the values.
 
     Source: pages as in PagedAttention, arXiv 2309.06180.
@@ -51,6 +52,11 @@ class PagedCache:
     def page(self) -> int:
         """Slots of a page."""
         return self.k.shape[2]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of keys and values: int8 where they are codes."""
+        return dtype_of(self)
 
     @property
     def capacity(self) -> int:
@@ -91,7 +97,7 @@ def init_paged_cache(
 
     Raises:
       CapacityError: a size is not positive, or length exceeds the model's context.
-      ConfigError: a cache has no such dtype.
+      ConfigError: a cache has no such dtype, or not for such heads.
 
     >>> import ferrum_jax as fj
     >>> cache = fj.init_paged_cache(fj.load("demo").cfg, batch=2, pages=5, length=48)

@@ -187,7 +187,7 @@ def steps_for(cfg: ModelConfig) -> Steps:
 
 def cache_kind(cfg: ModelConfig, cache: Cache) -> tuple[str, ...]:
     """What a bucket's key says of a cache's dtype: nothing where it is the model's own."""
-    name = cache.k.dtype.name
+    name = cache.dtype.name
     return () if name == cfg.dtype else (name,)
 
 

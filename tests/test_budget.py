@@ -11,9 +11,8 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import budget
-from ferrum_jax import engine as engine_module
 from ferrum_jax.buckets import Buckets
-from ferrum_jax.budget import buckets_for, plan_memory, reachable_pages, step_bytes, token_bytes, weight_bytes
+from ferrum_jax.budget import buckets_for, plan_memory, step_bytes, token_bytes, weight_bytes
 from ferrum_jax.cache import DTYPES
 from ferrum_jax.engine import Engine
 from ferrum_jax.errors import CapacityError
@@ -139,25 +138,3 @@ def test_an_engine_plans_for_the_piece_that_its_smallest_batch_reads() -> None:
         pytest.skip("the system does not say what is free")
     read, decode = step_bytes(model.cfg, 4, 64, 512, paged=True), step_bytes(model.cfg, 8, 1, 512, paged=True)
     assert memory.step_bytes >= max(read, decode)
-
-
-def test_keys_in_int8_of_a_size_that_the_gpu_kernels_do_not_reach_are_fewer():
-    """32 rows of 4096 tokens of Qwen3-30B-A3B would be 3 GiB of codes."""
-    cfg = QWEN3_30B
-    triton, xla = (dataclasses.replace(cfg, implementation=name) for name in ("triton", "xla"))
-    codes = cfg.num_layers * 16 * cfg.num_kv_heads * cfg.head_dim
-    wanted = 32 * 4096 // 16
-    assert 2**31 < wanted * codes < 2**32
-    assert reachable_pages(triton, wanted, 16, "int8") == 2**31 // codes
-    for same in (100, 2**31 // codes, 2**32 // codes + 1):
-        assert reachable_pages(triton, same, 16, "int8") == same
-    assert reachable_pages(triton, wanted, 16) == wanted
-    assert reachable_pages(xla, wanted, 16, "int8") == wanted
-
-
-def test_an_engine_that_chooses_its_pages_stays_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fj.load("demo", dtype="float32", quiet=True)
-    asked = []
-    monkeypatch.setattr(engine_module, "reachable_pages", lambda cfg, pages, *rest: asked.append((pages, *rest)) or 7)
-    engine = Engine(model, slots=2, page=8, cache_dtype="int8", buckets=Buckets(batch=(2,), prefill=(16,), cache=(64,)))
-    assert asked == [(16, 8, "int8")] and engine.load.pages == 7

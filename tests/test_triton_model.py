@@ -157,6 +157,7 @@ NOT_TAKEN = {
     "pages of a power of two from 16; these are of 8": {"page": 8},
     "pages of a power of two from 16; these are of 24": {"page": 24},
     "heads of 16, 32, 64, 128 and 256; these are of 48": {"head_dim": 48},
+    "caches of int8 for heads from 64; these are of 32": {"head_dim": 32, "dtype": "int8"},
 }
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.config_file import load_toml_config
+from ferrum_kernels.code_words import WORD
 from ferrum_kernels.triton_attention import arrivals, attention_fused
 
 NO_WINDOW = 2**31 - 1
@@ -62,7 +63,8 @@ def cache_of(cfg: Any, case: Case, layers: int) -> tuple[Any, Any, Any]:
     @jax.jit
     def make(key: jax.Array) -> jax.Array:
         if case.dtype == "int8":
-            return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+            words = jax.random.bits(key, (*shape[:-1], shape[-1] // WORD), jnp.uint32)
+            return jax.lax.bitcast_convert_type(words, jnp.int32)
         # Any 16 bits whose exponent says that the value is between 2**-31 and 2.
         words = jax.random.bits(key, shape, jnp.uint16) & 0xBFFF | 0x3000
         return jax.lax.bitcast_convert_type(words, jnp.bfloat16)

@@ -37,6 +37,7 @@ from ferrum_kernels import (
 )
 from ferrum_kernels.bits import words_for
 from ferrum_kernels.blocks import dispatch, from_blocks, to_blocks
+from ferrum_kernels.code_words import to_words
 from ferrum_kernels.mosaic_matmul import Ring
 
 EXPERTS, TOP_K, D, F = 6, 2, 160, 96
@@ -222,7 +223,7 @@ def filters(rng: np.random.Generator, kind: tuple, rows: int) -> float:
 def attention(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
     """New tokens of four rows, one without any and one up to its last position, over a cache with NaN around it."""
     codes, page, capacity = kind
-    heads, kv_heads, h, layers, batch = 6, 2, 32, 2, 4
+    heads, kv_heads, h, layers, batch = 6, 2, 64 if codes else 32, 2, 4
     start, count = rng.integers(20, capacity - tokens, batch), np.full(batch, tokens)
     start[0], count[1] = capacity - tokens, 0
     turns = capacity // page if page else 1
@@ -239,7 +240,7 @@ def attention(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
         pool, scale = np.full(shape, 77 if codes else np.nan, np.float32), np.full(shape[:-1], np.nan, np.float32)
         pool[1, order] = np.where(live[..., None, None], values, pool[1, 0, 0, 0, 0]).reshape(batch, turns, *shape[2:])
         scale[1, order] = np.where(live[..., None], factors, np.nan).reshape(batch, turns, *shape[2:-1])
-        pools.append(jax.device_put(pool.astype(np.int8)) if codes else on_the_gpu(pool))
+        pools.append(to_words(jax.device_put(pool.astype(np.int32))) if codes else on_the_gpu(pool))
         scales.append(jax.device_put(scale))
     q, k, v = (on_the_gpu(rng.standard_normal((batch, tokens, n * h))) for n in (heads, kv_heads, kv_heads))
     angles = rng.uniform(0, 6, (batch, tokens, h // 2))

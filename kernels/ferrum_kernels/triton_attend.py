@@ -15,13 +15,15 @@ from ferrum_kernels.triton_flash import (
     LOG2_E,
     Refs,
     Statics,
-    cache_rows,
+    cache_slots,
     nothing,
     power,
     read,
     store,
+    store_strips,
     summed,
     sweep,
+    unweave,
 )
 from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
 
@@ -94,15 +96,14 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
     from jax.experimental.pallas import triton as plgpu
 
     head, me = pl.program_id(0), pl.program_id(1)
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
 
-    def put(y: jax.Array, row: Any) -> None:
-        member = jnp.arange(y.shape[0], dtype=jnp.int32)
+    def put(y: tuple[jax.Array, ...], row: Any) -> None:
+        member = jnp.arange(y[0].shape[0], dtype=jnp.int32)
         alive = member < s.group
         query_head = jnp.where(alive, head * s.group + member, s.heads)
-        store(out["y"], (row, 0, query_head[:, None], lane), y, alive[:, None])
+        store_strips(out["y"], (row, 0, query_head[:, None]), y, alive[:, None])
 
-    def see(row: Any, tiles: tuple[Any, Any], fresh: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def see(row: Any, tiles: tuple[Any, Any], fresh: Any) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
         """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums."""
         # Nothing branches on what the row has: its heads are read while that number is still on its way.
         start, live = r["start"][row], r["count"][row] > 0
@@ -111,19 +112,20 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         at, one = place(s, r, head, 0), jnp.zeros((1,), jnp.int32)
         heads, new = query_heads(s, r, row, at), new_heads(s, r, row, head, one)
         real = (one + start < s.capacity) & (one + start >= 0) & fresh
-        where = cache_rows(s, r, row, one + start, real)
+        where = cache_slots(s, r, row, one + start, real)
         low = start - r["window"][0]
-        q, first, second = queries(s, heads)
-        k1, k2, v = write(s, r, out, head, new, where, real)
-        score = jnp.sum(first.astype(jnp.float32) * k1 + second.astype(jnp.float32) * k2, axis=1)
-        score = jnp.where(fresh, score * (LOG2_E / s.head_dim**0.5), LEAST)
-        seen = jnp.where(fresh, jnp.broadcast_to(v, (s.width, s.head_dim)), 0.0)
+        q, strips = queries(s, heads)
+        k, v = write(s, r, out, head, new, where, real)
+        parts = [strip.astype(jnp.float32) * x for strip, x in zip(strips, k, strict=True)]
+        score = jnp.sum(functools.reduce(jnp.add, parts), axis=1)
+        score = jnp.where(fresh, score * (1.0 if s.codes else s.unit), LEAST)
+        seen = tuple(jnp.where(fresh, jnp.broadcast_to(x, (s.width, s.strip)), 0.0) for x in v)
         state = (score, nothing(s)[1], seen)
         most, total, seen = sweep(
             s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
         )
         total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
-        return jnp.where(live, seen * (1.0 / total)[:, None], 0.0), most, total
+        return tuple(jnp.where(live, x * (1.0 / total)[:, None], 0.0) for x in seen), most, total
 
     if not s.cut.pieces:
         y, _, _ = see(me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True)
@@ -133,7 +135,7 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
     mine = share(s, r, me)
 
     def add() -> None:
-        put(_added(s, out, head, me - mine.part, mine.parts), mine.row)
+        put((_added(s, out, head, me - mine.part, mine.parts),), mine.row)
 
     def take() -> None:
         y, most, total = see(mine.row, mine.tiles, mine.part == 0)
@@ -142,7 +144,7 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
             member = jnp.arange(s.width, dtype=jnp.int32)
             alive = member < s.group
             at = jnp.where(alive, head * s.group + member, s.heads)
-            store(out["parts"], (me, at[:, None], lane), y, alive[:, None])
+            store_strips(out["parts"], (me, at[:, None]), y, alive[:, None])
             store(out["sums"], (me, at), most + jnp.log(total) * LOG2_E, alive)
             if not s.interpret:
                 plgpu.debug_barrier()  # what all threads have stored comes before this program's arrival
@@ -200,8 +202,8 @@ def write_kernel(block: int, s: Statics, r: Refs, out: Refs) -> None:
         tokens = first + jnp.arange(block, dtype=jnp.int32)
         positions = start + tokens
         alive = (tokens < count) & (tokens < r["q"].shape[1]) & (positions >= 0) & (positions < s.capacity)
-        rows = cache_rows(s, r, row, positions, alive)
-        write(s, r, out, head, new_heads(s, r, row, head, tokens), rows, alive)
+        slots = cache_slots(s, r, row, positions, alive)
+        write(s, r, out, head, new_heads(s, r, row, head, tokens), slots, alive)
 
     pl.when(first < count)(put)
 
@@ -215,15 +217,14 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
     first = (tiles - 1 - pl.program_id(0) // s.kv_heads) * s.cut.queries
     start, count, window = r["start"][row], r["count"][row], r["window"][0]
     tile = s.cut.tile
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
 
-    def put(y: jax.Array, token: jax.Array, query_head: jax.Array, alive: jax.Array) -> None:
+    def put(y: tuple[jax.Array, ...], token: jax.Array, query_head: jax.Array, alive: jax.Array) -> None:
         at = jnp.where(alive, query_head, s.heads)
-        store(out["y"], (row, token[:, None], at[:, None], lane), y, alive[:, None])
+        store_strips(out["y"], (row, token[:, None], at[:, None]), y, alive[:, None])
 
     def compute() -> None:
         token, query_head, alive = place(s, r, head, first)
-        q, _, _ = queries(s, query_heads(s, r, row, Place(token, query_head, alive)))
+        q, _ = queries(s, query_heads(s, r, row, Place(token, query_head, alive)))
         position = (start + token)[:, None]
         begin = start + first  # position of the first query
         end = lax.min(start + lax.min(first + s.cut.queries, count), s.capacity)
@@ -244,14 +245,16 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
 
         state = sweep(s, r, q, row, head, edges, edge, visible, end, nothing(s))
         _, total, values = sweep(s, r, q, row, head, (inner, outer), lambda i: i, None, end, state)
-        y = jnp.where((token < count)[:, None], values * (1.0 / summed(s, total))[:, None], 0.0)
+        seen = (token < count)[:, None]
+        y = tuple(jnp.where(seen, x * (1.0 / summed(s, total))[:, None], 0.0) for x in values)
+        y = unweave(s, tuple(x.astype(out["y"].dtype) for x in y))
         put(y, token, query_head, alive)
 
     def nobody() -> None:
         place = jnp.arange(s.width, dtype=jnp.int32)
         token, member = first + place // s.padded_group, place % s.padded_group
         alive = (member < s.group) & (place < s.padded_group * s.cut.queries) & (token < out["y"].shape[1])
-        put(jnp.zeros((s.width, s.head_dim), jnp.float32), token, head * s.group + member, alive)
+        put((jnp.zeros((s.width, s.head_dim), jnp.float32),), token, head * s.group + member, alive)
 
     pl.when(first < count)(compute)
     pl.when(first >= count)(nobody)

@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_kernels import triton
+from ferrum_kernels.code_words import WORD
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_attention_cuts import decode_cut, most_programs, prefill_cut
 from ferrum_kernels.triton_flash import Cut, Parts, Refs, Statics
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
+LEAST_OF_CODES = 64  # of a cache of int8: a matrix instruction takes 16 numbers, which is a quarter
 DTYPES = (jnp.bfloat16, jnp.float16)
 Pair = tuple[jax.Array, jax.Array]
 
@@ -36,7 +38,7 @@ def refuses(dtype: Any, head_dim: int, cache: Any, page: int | None = None) -> s
     Args:
       dtype: of activations.
       head_dim: h.
-      cache: dtype of the cache.
+      cache: dtype of the cache; int8 where its words hold codes.
       page: positions of a page, or None.
 
     >>> refuses(jnp.bfloat16, 128, jnp.int8, 16)
@@ -50,6 +52,8 @@ def refuses(dtype: Any, head_dim: int, cache: Any, page: int | None = None) -> s
         return f"its attention takes heads of 16, 32, 64, 128 and 256; these are of {head_dim}"
     if cache not in (dtype, jnp.int8):
         return f"its attention takes caches of the activations' dtype, {dtype}, and int8; this one is of {cache}"
+    if cache == jnp.int8 and head_dim < LEAST_OF_CODES:
+        return f"its attention takes caches of int8 for heads from {LEAST_OF_CODES}; these are of {head_dim}"
     if page is not None and (page < 16 or page & (page - 1)):
         return f"its attention takes pages of a power of two from 16; these are of {page}"
     return None
@@ -62,17 +66,6 @@ def arrivals(batch: int, kv_heads: int) -> jax.Array:
     [0, 0, 0, 0, 0, 0, 0, 0]
     """
     return jnp.zeros(batch * kv_heads, jnp.int32)
-
-
-def reaches(codes: int) -> bool:
-    """Whether the kernels reach all int8 codes of a cache of so many keys' numbers.
-
-    The compiler's offsets have 32 bits up to 2**32 bytes, and half of that is negative.
-
-    >>> [reaches(codes) for codes in (2**31, 2**31 + 1, 2**32, 2**32 + 1)]
-    [True, False, False, True]
-    """
-    return not 2**31 < codes <= 2**32
 
 
 def attention(
@@ -101,14 +94,14 @@ def attention(
       eps: of those norms.
       cosine, sine: float32 [B, T, h / 2] of each token's angles.
       pools: keys and values [L, B, S, Kv, h]; with a table [L, P, page, Kv, h]. Written in place where their buffers
-        allow it. Of q's dtype, or int8 with scales.
+        allow it. Of q's dtype, or with scales codes in words, int32 [..., h / 4].
       layer: index into the pools.
       start: int32 [B], tokens each row holds.
       count: int32 [B], real tokens of each row; the others write nothing and get zero.
       window: int32 scalar, keys a query sees, itself included.
       table: int32 [B, N], the page of each run of `page` positions; a page size is a power of two from 16. Where a row
         has nothing, any number may stand.
-      scales: float32 [L, P, page, Kv] of keys and of values, for int8: value = code * scale.
+      scales: float32 [L, P, page, Kv] of keys and of values, for codes: value = code * scale.
       norm_layer: index into norms that are stacks [L', h]; None where each is one vector.
       arrived: zeros of `arrivals`, for T = 1; the kernel leaves zeros. None makes them, which is one more launch.
 
@@ -118,7 +111,7 @@ def attention(
     Raises:
       ShapeError: arrays do not belong together.
     """
-    h = pools[0].shape[-1]
+    h = pools[0].shape[-1] * (1 if scales is None else WORD)
     heads, kv_heads = q.shape[-1] // h, pools[0].shape[-2]
     if q.shape[-1] != heads * h or k.shape[-1] != kv_heads * h or v.shape != k.shape:
         raise ShapeError(
@@ -151,7 +144,7 @@ def attention_fused(
     Of one new token per row the product may be in parts, float32 [parts, B, 1, (H + 2 Kv) * h] to be added up; then
     `dtype` is that of the activations.
     """
-    kv_heads, h = pools[0].shape[-2:]
+    kv_heads, h = pools[0].shape[-2], pools[0].shape[-1] * (1 if scales is None else WORD)
     heads = qkv.shape[-1] // h - 2 * kv_heads
     if heads < 1 or qkv.shape[-1] % h or qkv.ndim > (4 if qkv.shape[-2] == 1 else 3):
         raise ShapeError(
@@ -185,6 +178,7 @@ def _attention(
     dtype = jnp.dtype(dtype or given["q"].dtype)
     heads, *columns = layout
     layers, pages, page, kv_heads, h = pools[0].shape
+    h *= 1 if scales is None else WORD
     _check(batch, dtype, heads, pools, start, count, table, scales, arrived)
     s = Statics(
         heads=heads,
@@ -206,8 +200,8 @@ def _attention(
     named: dict[str, Any] = {name: jnp.reshape(jnp.asarray(x, jnp.int32), (1,)) for name, x in scalars.items()}
     named |= {"start": start, "count": count, "table": table, **given, "cosine": cosine, "sine": sine}
     named |= dict(zip(("q_norm", "k_norm"), norms or (None, None), strict=True))
-    rows = (layers, pages * page, kv_heads)
-    cache = {"keys": pools[0].reshape(*rows, h), "values": pools[1].reshape(*rows, h)}
+    rows = (layers, pages * page // s.block, s.block, kv_heads)
+    cache = {"keys": pools[0].reshape(*rows, s.strip), "values": pools[1].reshape(*rows, s.strip)}
     if scales is not None:
         cache |= {"key_scales": scales[0].reshape(rows), "value_scales": scales[1].reshape(rows)}
     named = {name: x for name, x in named.items() if x is not None}
@@ -233,10 +227,13 @@ def _check(
     arrived: jax.Array | None,
 ) -> None:
     _, pages, page, kv_heads, h = pools[0].shape
-    if dtype not in DTYPES or h not in HEADS or heads % kv_heads:
+    h *= 1 if scales is None else WORD
+    narrow = scales is not None and h < LEAST_OF_CODES
+    if dtype not in DTYPES or h not in HEADS or heads % kv_heads or narrow:
         raise ShapeError(
             f"attention of {heads} heads on {kv_heads} of {h} in {dtype}: the Triton kernels take bfloat16 and "
-            f'float16, heads of {HEADS} and whole groups of heads. Use implementation="xla" for it.'
+            f"float16, heads of {HEADS}, from {LEAST_OF_CODES} in int8, and whole groups of heads. Use "
+            f'implementation="xla" for it.'
         )
     if pools[0].shape != pools[1].shape or pools[0].dtype != pools[1].dtype or {start.shape, count.shape} != {(batch,)}:
         raise ShapeError(
@@ -249,12 +246,12 @@ def _check(
             f"arrived is {arrived.dtype}{list(arrived.shape)}; of {batch} rows and {kv_heads} key heads it is "
             f"int32[{batch * kv_heads}]: make it with arrivals({batch}, {kv_heads})."
         )
-    expected = jnp.dtype(dtype if scales is None else jnp.int8)
+    expected = jnp.dtype(dtype if scales is None else jnp.int32)
     if pools[0].dtype != expected or (scales and any(x.shape != pools[0].shape[:-1] for x in scales)):
         raise ShapeError(
             f"a cache of {pools[0].dtype}{list(pools[0].shape)} with "
             f"{'no scales' if scales is None else 'scales of ' + str([list(x.shape) for x in scales])}: it is of "
-            f"{dtype} without scales, or of int8 with two arrays of scales [L, P, page, Kv]."
+            f"{dtype} without scales, or of int32, words of int8 codes, with two arrays of scales [L, P, page, Kv]."
         )
     if table is None and pages != batch:
         raise ShapeError(f"the cache has {pages} rows and there are {batch}; without a table they are the same.")
@@ -262,11 +259,6 @@ def _check(
         raise ShapeError(
             f"the table is {list(table.shape)} of pages of {page} positions; it has {batch} rows, and a page is a "
             f"power of two from 16."
-        )
-    if pools[0].dtype == jnp.int8 and not reaches(pools[0].size):
-        raise ShapeError(
-            f"keys in int8 take {pools[0].size / 2**30:.1f} GiB; between 2 and 4 GiB the compiler's offsets of 32 bits "
-            f"do not reach. Make the cache smaller or larger, or use bfloat16."
         )
 
 

@@ -20,14 +20,15 @@ def decode_cut(s: Statics, batch: int) -> Cut:
     few, fewest = pairs < 132, pairs <= 32
     whole = 256 if fewest else 512 if few else 1024
     if s.capacity <= whole:
-        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few or s.codes else 2)
+        return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few else 2)
     tile = _tile(s, 64 if few and not (fewest or s.codes) else 128)
-    # Tiles in flight are less where several programs are to share a multiprocessor's memory.
+    # Tiles in flight are less where several programs are to share a multiprocessor's memory. Of codes three do, and six
+    # for each leave less of them alone at the end than four.
     return Cut(
         tile,
         warps=4,
-        stages=3 if few or s.codes else 2,
-        pieces=max(1, (132 if few else 528) // s.kv_heads),
+        stages=3 if few else 2,
+        pieces=max(1, (132 if few else 768 if s.codes else 528) // s.kv_heads),
         least=max(1, (128 if few else 256) // tile),
         whole=whole // tile,
     )

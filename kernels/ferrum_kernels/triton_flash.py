@@ -1,7 +1,11 @@
 """What the attention kernels of the Triton backend are made of: where a row lies in the cache, and a sweep over it.
 
-A kernel sees the caches as [L, rows, Kv, h], the pages one behind the other. All of it works on tiles: M queries of one
-key head (its query heads, padded, times some tokens) by some positions of the cache, with the softmax kept online.
+A kernel sees the caches as [L, blocks, block, Kv, h], the pages one behind the other. All of it works on tiles: M
+queries of one key head (its query heads, padded, times some tokens) by some positions of the cache, with the softmax
+kept online.
+
+Codes lie four to a word, and a word becomes four float16 in as many strips of a head: matrix instructions want two
+positions of one channel in a register, which two words give four times over, where bytes would be read one by one.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.code_words import WORD, unpacked
+
 LEAST = -1e30  # the maximum before anything was seen; finite, so that nothing minus nothing is no NaN
 LOG2_E = math.log2(math.e)
 # With scales of int8 values in them, weights would fall below what float16 holds: they are taken times 2 ** HEADROOM.
 HEADROOM = 8.0
+SHIFT = 1152.0  # by which codes are too large as they become float16 at least cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,31 @@ class Statics:
         return 1 << (self.group - 1).bit_length()
 
     @property
+    def block(self) -> int:
+        """Positions that every tile takes whole: a tile, where rows or pages hold whole tiles."""
+        return math.gcd(self.page, self.cut.tile)
+
+    @property
+    def strips(self) -> int:
+        """Strips of neighbouring channels that a head of the cache is read in: codes lie in words of one from each."""
+        return WORD if self.codes else 1
+
+    @property
+    def strip(self) -> int:
+        """Channels of a strip, and what the cache holds of a head: numbers, or words of codes."""
+        return self.head_dim // self.strips
+
+    @property
+    def woven(self) -> bool:
+        """Whether strips are woven into one tile: large products lose more by being cut than weaving costs."""
+        return self.codes and self.cut.queries > 1
+
+    @property
+    def unit(self) -> float:
+        """What makes a score a power of two."""
+        return LOG2_E / math.sqrt(self.head_dim)
+
+    @property
     def width(self) -> int:
         """Queries of a tile: of a matrix instruction's left operand at least 16."""
         return max(16, self.padded_group * self.cut.queries)
@@ -138,6 +170,14 @@ def store(ref: Any, indices: tuple[Any, ...], value: jax.Array, mask: Any) -> No
     plgpu.store(ref.at[indices], value.astype(ref.dtype), mask=jnp.broadcast_to(mask, value.shape))
 
 
+def store_strips(ref: Any, indices: tuple[Any, ...], strips: tuple[jax.Array, ...], mask: Any) -> None:
+    """Write strips side by side along the last axis."""
+    column = 0
+    for x in strips:
+        store(ref, (*indices, column + jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]), x, mask)
+        column += x.shape[-1]
+
+
 def product(x: jax.Array, y: jax.Array, dims: tuple[int, int], interpret: bool) -> jax.Array:
     """x and y contracted over one axis of each, in float32."""
     if interpret:
@@ -158,28 +198,60 @@ def power(x: jax.Array, interpret: bool) -> jax.Array:
     return y
 
 
-def floats(x: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
-    """Elements of the cache in the dtype of the products; int8 codes exactly, as float16."""
-    if x.dtype != jnp.int8 or interpret:
-        return x.astype(dtype)
+def weave(s: Statics, strips: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Four strips [n, h / 4] as one tile [n, h], channels in the order of words, where tiles are woven."""
+    if not s.woven:
+        return strips
+    halves = jnp.stack(strips[::2], -1), jnp.stack(strips[1::2], -1)
+    return (jnp.stack(halves, -1).reshape(-1, s.head_dim),)
+
+
+def unweave(s: Statics, tiles: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Channels as they are counted, of what was woven."""
+    if not s.woven:
+        return tiles
+    [tile] = tiles
+    return (jnp.transpose(tile.reshape(-1, s.strip, WORD), (0, 2, 1)).reshape(-1, s.head_dim),)
+
+
+def floats(s: Statics, x: jax.Array, shift: float = 0.0) -> tuple[jax.Array, ...]:
+    """A tile of the cache in the dtype of the products, by strips or woven.
+
+    Codes are exact in float16, and cost an instruction less where they are taken SHIFT larger.
+    """
+    if not s.codes:
+        return (x.astype(s.dtype),)
+    if s.interpret:
+        return weave(s, tuple((codes + int(shift)).astype(s.dtype) for codes in unpacked(x)))
     from jax.experimental.pallas import triton as plgpu
 
-    # 0x6400 | code + 128 is 1024 + code + 128 in float16.
-    asm = (
-        "{ .reg .b32 t, m; xor.b32 t, $2, 0x80808080; mov.b32 m, 0x64806480; "
-        "prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342; "
-        "sub.f16x2 $0, $0, m; sub.f16x2 $1, $1, m; }"
-    )
-    out = [jax.ShapeDtypeStruct(x.shape, jnp.float16)]
-    [y] = plgpu.elementwise_inline_asm(asm, args=[x], constraints="=&r,=&r,r", pack=4, result_shape_dtypes=out)
-    return y
+    def strip(byte: int) -> jax.Array:
+        """A byte of each of two words: 0x6400 | code + 128 is 1024 + code + 128 in float16."""
+        pair, half = ("0x5140", "0x7362")[byte // 2], ("0x4140", "0x4342")[byte % 2]
+        # Grids of two axes have no third: %ctaid.z is zero, which the compiler does not know. As a plain constant 0x64..
+        # would sit in the instruction, and the selector be moved to a register each time.
+        asm = (
+            f"{{ .reg .b32 t, c; mov.u32 c, %ctaid.z; or.b32 c, c, 0x64646464; "
+            f"prmt.b32 t, $1, $2, {pair}; prmt.b32 $0, t, c, {half}; "
+        )
+        asm += "}" if shift else "mov.b32 t, 0x64806480; sub.f16x2 $0, $0, t; }"
+        out = [jax.ShapeDtypeStruct(x.shape, jnp.float16)]
+        [y] = plgpu.elementwise_inline_asm(asm, args=[x], constraints="=&r,r,r", pack=2, result_shape_dtypes=out)
+        return y
+
+    return weave(s, tuple(strip(byte) for byte in range(WORD)))
 
 
-def cache_rows(s: Statics, r: Refs, row: Any, positions: jax.Array, alive: jax.Array) -> jax.Array:
+Slots = tuple[Any, jax.Array]  # blocks of the cache, int32 [n] or one number, and int32 [n] places in them
+
+
+def cache_slots(s: Statics, r: Refs, row: Any, positions: jax.Array, alive: jax.Array) -> Slots:
     """Where positions int32 [n] of a row lie in the cache; anything where they do not live."""
-    if "table" not in r:
-        return row * s.page + positions
-    return read(r["table"], (row, positions // s.page), alive) * s.page + positions % s.page
+    if "table" in r:
+        pages = read(r["table"], (row, positions // s.page), alive)
+    else:
+        pages = row
+    return pages * (s.page // s.block) + positions % s.page // s.block, positions % s.page % s.block
 
 
 def pages_of(s: Statics, r: Refs, row: Any, first: Any) -> Any:
@@ -192,27 +264,27 @@ def pages_of(s: Statics, r: Refs, row: Any, first: Any) -> Any:
     return read(r["table"], (row, positions // s.page))
 
 
-def tile_rows(s: Statics, row: Any, first: Any, pages: Any) -> jax.Array:
+def tile_slots(s: Statics, row: Any, first: Any, pages: Any) -> Slots:
     """Where the positions of a tile lie in the cache, by what `pages_of` says of it."""
     offsets = jnp.arange(s.cut.tile, dtype=jnp.int32)
-    if pages is None:
-        return row * s.page + first + offsets
-    if s.cut.tile <= s.page:
-        return pages * s.page + (first % s.page + offsets)
-    return pages * s.page + offsets % s.page  # a tile begins where a page does
+    if pages is not None and s.cut.tile > s.page:
+        return pages, offsets % s.page  # a tile begins where a page does
+    # What is one number for all of a tile stays one: addresses are then that and what no turn of the loop changes.
+    per_page = s.page // s.block
+    begin = row * per_page + first // s.block if pages is None else pages * per_page + first % s.page // s.block
+    return (begin, offsets) if s.block == s.cut.tile else (begin + offsets // s.block, offsets % s.block)
 
 
 # float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding
-# them up costs time; float32 weighted values [M, h].
-State = tuple[jax.Array, jax.Array, jax.Array]
+# them up costs time; float32 weighted values [M, h], by strips or woven.
+State = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
 def nothing(s: Statics) -> State:
     """The state before any position was seen."""
     sums = (s.width,) if s.cut.queries > 1 else (s.width, s.cut.tile)
-    shapes = (s.width,), sums, (s.width, s.head_dim)
-    most, total, values = (jnp.zeros(shape, jnp.float32) for shape in shapes)
-    return most + LEAST, total, values
+    most, total = (jnp.zeros(shape, jnp.float32) for shape in ((s.width,), sums))
+    return most + LEAST, total, weave(s, (jnp.zeros((s.width, s.strip), jnp.float32),) * s.strips)
 
 
 def summed(s: Statics, total: jax.Array) -> jax.Array:
@@ -223,7 +295,7 @@ def summed(s: Statics, total: jax.Array) -> jax.Array:
 def sweep(
     s: Statics,
     r: Refs,
-    q: jax.Array,
+    q: tuple[jax.Array, ...],
     row: Any,
     head: Any,
     turns: tuple[Any, Any],
@@ -237,7 +309,7 @@ def sweep(
     Args:
       s: statics.
       r: the kernel's arrays.
-      q: [M, h].
+      q: [M, h], by strips or woven.
       row: row of the batch.
       head: key head.
       turns: first turn of the loop, and the one after its last.
@@ -250,25 +322,34 @@ def sweep(
       The state after them.
     """
     layer, tile = r["layer"][0], s.cut.tile
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
-    unit = LOG2_E / math.sqrt(s.head_dim)
+    lane = jnp.arange(s.strip, dtype=jnp.int32)[None, :]
+    scale = 1.0 if s.codes else s.unit  # of codes, q has the unit in it
+    shift = SHIFT if s.codes and s.cut.queries == 1 else 0.0
+    shifted = []
+    if shift:
+        sums = functools.reduce(jnp.add, [jnp.sum(x.astype(jnp.float32), axis=1) for x in q])
+        shifted = [jnp.broadcast_to((sums * -shift)[:, None], (s.width, tile))]
 
     def body(i: Any, carry: Any) -> Any:
         (most, total, values), pages = carry
         first = tile_of(i) * tile
         positions = first + jnp.arange(tile, dtype=jnp.int32)
         alive = positions < end
-        rows = tile_rows(s, row, first, pages)
+        block, slot = tile_slots(s, row, first, pages)
+        column = block[:, None] if jnp.ndim(block) else block
         # A turn ahead, because keys and values wait for it.
         pages = pages_of(s, r, row, tile_of(i + 1) * tile)
-        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN.
-        mask = None if visible is None else alive[:, None]
-        k = read(r["keys"], (layer, rows[:, None], head, lane), mask)
-        k = floats(k, s.dtype, s.interpret)
-        scores = product(q, k, (1, 1), s.interpret)
-        scale = unit
+        # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN. Codes are
+        # always numbers: tiles that lie whole in the cache are read whole.
+        mask = None if visible is None or (s.codes and s.block == tile) else alive[:, None]
+
+        def held(name: str, shift: float = 0.0) -> tuple[jax.Array, ...]:
+            return floats(s, read(r[name], (layer, column, slot[:, None], head, lane), mask), shift)
+
+        parts = [product(*x, (1, 1), s.interpret) for x in zip(weave(s, q), held("keys", shift), strict=True)]
+        scores = functools.reduce(jnp.add, shifted + parts)
         if s.codes:
-            scores, scale = scores * (read(r["key_scales"], (layer, rows, head), alive) * unit)[None, :], 1.0
+            scores = scores * read(r["key_scales"], (layer, block, slot, head), alive)[None, :]
         if visible is not None:
             scores = jnp.where(visible(positions[None, :]) & alive[None, :], scores, -jnp.inf)
         now = lax.max(most, jnp.max(scores, axis=1) * scale - (HEADROOM if s.codes else 0.0))
@@ -279,11 +360,13 @@ def sweep(
         else:
             total = total * fade[:, None] + weights
         if s.codes:
-            weights = weights * read(r["value_scales"], (layer, rows, head), alive)[None, :]
-        v = floats(read(r["values"], (layer, rows[:, None], head, lane), mask), s.dtype, s.interpret)
+            weights = weights * read(r["value_scales"], (layer, block, slot, head), alive)[None, :]
         weights = weights.astype(s.dtype)
-        more = product(weights, v, (1, 0), s.interpret)
-        return (now, total, values * fade[:, None] + more), pages
+        values = tuple(
+            old * fade[:, None] + product(weights, v, (1, 0), s.interpret)
+            for old, v in zip(values, held("values"), strict=True)
+        )
+        return (now, total, values), pages
 
     state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * tile)))
     return state

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ferrum_kernels.triton_flash import Refs, Statics, read, store
+from ferrum_kernels.code_words import packed
+from ferrum_kernels.triton_flash import Refs, Slots, Statics, read, store, store_strips
 
 
 class Heads(NamedTuple):
     """Heads as projected, and what their norm and rotation take: read together, long before they are needed.
 
     Attributes:
-      halves: float32 [n, h / 2] each.
-      weights: of the norm, float32 [1, h / 2] for each half, or None.
-      cosine, sine: float32 [n, h / 2].
+      strips: float32 [n, h / 2] each, or [n, h / 4] where the cache holds codes.
+      weights: of the norm, float32 [1, ...] for each strip, or None.
+      cosine, sine: float32 of the first half's strips.
     """
 
-    halves: tuple[jax.Array, ...]
+    strips: tuple[jax.Array, ...]
     weights: tuple[jax.Array, ...] | None
-    cosine: jax.Array
-    sine: jax.Array
+    cosine: tuple[jax.Array, ...]
+    sine: tuple[jax.Array, ...]
 
 
 def heads(s: Statics, r: Refs, name: str, row: Any, tokens: jax.Array, columns: Any, alive: jax.Array) -> Heads:
@@ -38,29 +40,33 @@ def heads(s: Statics, r: Refs, name: str, row: Any, tokens: jax.Array, columns: 
       columns: where the heads begin; int32 [n] or a scalar.
       alive: bool [n]; zero elsewhere.
     """
-    half = s.head_dim // 2
-    lanes = jnp.arange(half, dtype=jnp.int32)
-    lane, token = lanes[None, :], tokens[:, None]
-    start = (columns[:, None] if jnp.ndim(columns) else columns) + lane
-    mask = alive[:, None]
-    halves = tuple(read(r[name], (row, token, start + shift), mask).astype(jnp.float32) for shift in (0, half))
+    count = max(2, s.strips)
+    lanes = [i * (s.head_dim // count) + jnp.arange(s.head_dim // count, dtype=jnp.int32) for i in range(count)]
+    token, mask = tokens[:, None], alive[:, None]
+    start = columns[:, None] if jnp.ndim(columns) else columns
+    strips = tuple(read(r[name], (row, token, start + lane[None, :]), mask).astype(jnp.float32) for lane in lanes)
     weights = None
     if f"{name}_norm" in r:
         norm = r[f"{name}_norm"]
         at = (r["norm_layer"][0],) if "norm_layer" in r else ()
-        weights = tuple(read(norm, (*at, lanes + shift)).astype(jnp.float32)[None, :] for shift in (0, half))
-    cosine, sine = (read(r[table], (row, token, lane), mask) for table in ("cosine", "sine"))
-    return Heads(halves, weights, cosine, sine)
+        weights = tuple(read(norm, (*at, lane)).astype(jnp.float32)[None, :] for lane in lanes)
+    cosine, sine = (
+        tuple(read(r[table], (row, token, lane[None, :]), mask) for lane in lanes[: count // 2])
+        for table in ("cosine", "sine")
+    )
+    return Heads(strips, weights, cosine, sine)
 
 
-def rotated(s: Statics, x: Heads) -> tuple[jax.Array, jax.Array]:
-    """Both halves float32 [n, h / 2] of heads after norm and rotation."""
-    first, second = x.halves
+def rotated(s: Statics, x: Heads) -> tuple[jax.Array, ...]:
+    """Strips of heads after norm and rotation, float32."""
+    strips = x.strips
     if x.weights is not None:
-        square = jnp.sum(first * first + second * second, axis=1) / s.head_dim
+        square = jnp.sum(functools.reduce(jnp.add, [strip * strip for strip in strips]), axis=1) / s.head_dim
         scale = lax.rsqrt(square + jnp.float32(s.eps))[:, None]
-        first, second = (half * scale * weight for half, weight in zip(x.halves, x.weights, strict=True))
-    return first * x.cosine - second * x.sine, second * x.cosine + first * x.sine
+        strips = tuple(strip * scale * weight for strip, weight in zip(strips, x.weights, strict=True))
+    half = len(strips) // 2
+    turns = list(zip(strips[:half], strips[half:], x.cosine, x.sine, strict=True))
+    return (*(a * c - b * d for a, b, c, d in turns), *(b * c + a * d for a, b, c, d in turns))
 
 
 class Place(NamedTuple):
@@ -84,26 +90,29 @@ def query_heads(s: Statics, r: Refs, row: Any, at: Place) -> Heads:
     return heads(s, r, "q", row, at.token, s.columns[0] + at.head * s.head_dim, at.alive)
 
 
-def queries(s: Statics, x: Heads) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The queries [M, h] of a tile, and their halves."""
-    first, second = (half.astype(s.dtype) for half in rotated(s, x))
-    whole = jnp.transpose(jnp.stack((first, second), -1), (0, 2, 1)).reshape(s.width, s.head_dim)
-    return whole, first, second
+def queries(s: Statics, x: Heads) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """The queries [M, h] of a tile, by the cache's strips, and by those of the rotation."""
+    unit = s.unit if s.codes else 1.0
+    strips = tuple((strip * unit).astype(s.dtype) for strip in rotated(s, x))
+    if s.codes:
+        return strips, strips
+    whole = jnp.transpose(jnp.stack(strips, -1), (0, 2, 1)).reshape(s.width, s.head_dim)
+    return (whole,), strips
 
 
-def new_heads(s: Statics, r: Refs, row: Any, head: Any, tokens: jax.Array) -> tuple[Heads, jax.Array]:
-    """Read the keys and values [n, h] of some new tokens int32 [n] of a row."""
+def new_heads(s: Statics, r: Refs, row: Any, head: Any, tokens: jax.Array) -> tuple[Heads, tuple[jax.Array, ...]]:
+    """Read the keys, and the values [n, h] by strips, of some new tokens int32 [n] of a row."""
     there = tokens < r["k"].shape[1]
     k = heads(s, r, "k", row, tokens, s.columns[1] + head * s.head_dim, there)
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
-    column = s.columns[2] + head * s.head_dim + lane
-    return k, read(r["v"], (row, tokens[:, None], column), there[:, None]).astype(jnp.float32)
+    lane = jnp.arange(s.strip, dtype=jnp.int32)[None, :]
+    columns = [s.columns[2] + head * s.head_dim + i * s.strip + lane for i in range(s.strips)]
+    return k, tuple(read(r["v"], (row, tokens[:, None], at), there[:, None]).astype(jnp.float32) for at in columns)
 
 
 def write(
-    s: Statics, r: Refs, out: Refs, head: Any, new: tuple[Heads, jax.Array], rows: jax.Array, alive: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Put keys and values of some tokens into the cache, at cache rows `rows`; gives them back as the cache holds them.
+    s: Statics, r: Refs, out: Refs, head: Any, new: tuple[Heads, tuple[jax.Array, ...]], slots: Slots, alive: jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Put keys and values of some tokens into the cache; gives them back as the cache holds them.
 
     Args:
       s: statics.
@@ -111,33 +120,29 @@ def write(
       out: those that it writes.
       head: key head.
       new: keys and values of n tokens.
-      rows: int32 [n], of the cache.
+      slots: of the cache.
       alive: bool [n], which of them to write.
 
     Returns:
-      Both halves of the keys float32 [n, h / 2], values float32 [n, h].
+      Strips float32 of the keys [n, h], and of the values.
     """
-    layer, half = r["layer"][0], s.head_dim // 2
-    k, v = rotated(s, new[0]), new[1]
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
-    at = jnp.where(alive, rows, out["keys"].shape[1])
-    if s.codes:
-        k_scale = _scale(lax.max(jnp.max(jnp.abs(k[0]), axis=1), jnp.max(jnp.abs(k[1]), axis=1)))
-        v_scale = _scale(jnp.max(jnp.abs(v), axis=1))
-        store(out["key_scales"], (layer, at, head), k_scale, alive)
-        store(out["value_scales"], (layer, at, head), v_scale, alive)
-        k = tuple(_rounded(x, k_scale) for x in k)
-        v = _rounded(v, v_scale)
-    dtype = out["keys"].dtype
-    k, v = tuple(x.astype(dtype) for x in k), v.astype(dtype)
-    for i, x in enumerate(k):
-        part = jnp.arange(half, dtype=jnp.int32)[None, :] + i * half
-        store(out["keys"], (layer, at[:, None], head, part), x, alive[:, None])
-    store(out["values"], (layer, at[:, None], head, lane), v, alive[:, None])
-    first, second, v = (x.astype(jnp.float32) for x in (*k, v))
-    if s.codes:
-        first, second, v = first * k_scale[:, None], second * k_scale[:, None], v * v_scale[:, None]
-    return first, second, v
+    layer = r["layer"][0]
+    block, slot = jnp.where(alive, slots[0], out["keys"].shape[1]), slots[1]
+
+    def put(name: str, strips: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Write one of the two."""
+        scale, held = None, strips
+        if s.codes:
+            scale = _scale(functools.reduce(lax.max, [jnp.max(jnp.abs(x), axis=1) for x in strips]))
+            store(out[f"{name}_scales"], (layer, block, slot, head), scale, alive)
+            strips = tuple(_rounded(x, scale) for x in strips)
+            held = (packed(strips),)
+        else:
+            held = strips = tuple(x.astype(out[f"{name}s"].dtype) for x in strips)
+        store_strips(out[f"{name}s"], (layer, block[:, None], slot[:, None], head), held, alive[:, None])
+        return tuple(x.astype(jnp.float32) * (1.0 if scale is None else scale[:, None]) for x in strips)
+
+    return put("key", rotated(s, new[0])), put("value", new[1])
 
 
 def _scale(most: jax.Array) -> jax.Array:

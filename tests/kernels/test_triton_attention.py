@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from ferrum_kernels import triton, triton_attend, triton_attention, triton_attention_cuts
+from ferrum_kernels import code_words, triton, triton_attend, triton_attention, triton_attention_cuts
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_flash import Cut, Statics
-from tests.support.attention_cases import Case, build, check, fused
+from tests.support.attention_cases import Case, build, check, fused, in_words
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
 
 pytestmark = [
@@ -29,16 +29,16 @@ CASES = {
     "one": Case(**RAGGED),
     "one alone": Case(start=(33,), count=(1,), heads=3, kv_heads=1),
     "one in pages": Case(**RAGGED, page=16, norms=False, dtype="float16"),
-    "one in pages of int8": Case(**RAGGED, page=32, cache="int8"),
+    "one in pages of int8": Case(**RAGGED, page=32, cache="int8", head_dim=64),
     "one in parts": Case(start=(300, 5, 17, 1000), count=(1, 1, 0, 1), capacity=1024, page=128),
     "one in many parts": Case(start=(0, 700, 17, 1023, 300), count=(1, 1, 0, 1, 1), capacity=1024),
-    "one in parts of int8 with a window": Case(**LONG, page=16, cache="int8", window=270),
+    "one in parts of int8 with a window": Case(**LONG, page=16, cache="int8", window=270, head_dim=64),
     "one with a window": Case(**LONG, window=40, head_dim=16),
     "one with a window of itself": Case(**RAGGED, window=1),
     "many": Case(**MANY),
     "many in groups of three": Case(**MANY, heads=6, norms=False),
     "many in pages": Case(**MANY, page=16, window=9),
-    "many in pages of int8": Case(**MANY, page=32, cache="int8", dtype="float16"),
+    "many in pages of int8": Case(**MANY, page=32, cache="int8", head_dim=64, dtype="float16"),
     "many with a window": Case(start=(200, 0), count=(70, 64), tokens=70, capacity=300, window=150, heads=8),
     "a few, all there is room for": Case(start=(93, 91), count=(3, 3), tokens=3),
 }
@@ -179,7 +179,10 @@ ONE = Case(**RAGGED)
         ({"q": jnp.zeros((4, 1, 96), jnp.bfloat16)}, r"attention of 3 heads on 2 .* whole groups of heads"),
         ({"q": jnp.zeros((4, 1, 128), jnp.float32)}, r"in float32: the Triton kernels take bfloat16 and float16"),
         ({"pools": (jnp.zeros((2, 4, 96, 2, 32), jnp.float16),) * 2}, "it is of bfloat16 without scales"),
-        ({"pools": (jnp.zeros((2, 4, 96, 2, 32), jnp.int8),) * 2}, "or of int8 with two arrays of scales"),
+        (
+            {"pools": (jnp.zeros((2, 4, 96, 2, 32), jnp.int32),) * 2},
+            "of int32, words of int8 codes, with two arrays",
+        ),
         ({"pools": (jnp.zeros((2, 3, 96, 2, 32), jnp.bfloat16),) * 2}, "the cache has 3 rows and there are 4"),
         ({"start": jnp.zeros(3, jnp.int32)}, "there is one start and one count per row"),
         ({"arrived": jnp.zeros(4, jnp.int32)}, r"arrived is int32\[4\]; of 4 rows and 2 key heads it is int32"),
@@ -199,13 +202,14 @@ def test_a_product_of_another_width_is_refused():
         triton_attention.attention_fused(**{**args, "qkv": args["qkv"][..., :128]})
 
 
-def test_int8_where_offsets_of_32_bits_do_not_reach_is_refused():
-    args, _ = build(Case(**RAGGED, page=16, cache="int8"))
-    shape = (48, 13000, 16, 4, 64)
-    args["pools"] = (jax.ShapeDtypeStruct(shape, jnp.int8),) * 2
-    args["scales"] = (jax.ShapeDtypeStruct(shape[:-1], jnp.float32),) * 2
-    args |= {name: args[name].repeat(2, -1) for name in ("cosine", "sine")} | {"norms": None}
-    args |= {"q": args["q"].repeat(2, -1), "k": args["k"].repeat(4, -1), "v": args["v"].repeat(4, -1)}
-    eps = args.pop("eps")
-    with pytest.raises(ShapeError, match=r"keys in int8 take 2\.4 GiB"):
-        jax.eval_shape(lambda args: triton_attention.attention(eps=eps, **args), args)
+def test_words_hold_the_codes_that_plain_numpy_packs():
+    codes = np.random.default_rng(0).integers(-128, 128, (3, 2, 64)).astype(np.int8)
+    words = code_words.to_words(jnp.asarray(codes))
+    assert words.dtype == jnp.int32
+    np.testing.assert_array_equal(words, in_words(codes))
+    np.testing.assert_array_equal(code_words.from_words(words), codes)
+
+
+def test_int8_of_narrow_heads_is_refused():
+    with pytest.raises(ShapeError, match=r"on 2 of 32 in bfloat16: .* from 64 in int8, and whole groups"):
+        triton_attention.attention(**build(Case(**RAGGED, cache="int8"))[0])

@@ -42,7 +42,7 @@ def contiguous(dtype: Any = None) -> fj.KVCache:
 def paged(table: np.ndarray, dtype: Any = None, fill: float = 0.0) -> fj.PagedCache:
     cache = fj.init_paged_cache(CFG, ROWS, POOL, PAGE, length=SLOTS, dtype=dtype)
     pools = {
-        name: jnp.full_like(leaf, fill if leaf.dtype != jnp.int8 else 5)
+        name: jnp.full_like(leaf, fill if leaf.dtype != jnp.int32 else 5)
         for name in ("k", "v", "k_scale", "v_scale")
         if (leaf := getattr(cache, name)) is not None
     }
@@ -120,16 +120,16 @@ def test_a_row_without_pages_disturbs_nobody() -> None:
 
 @given(heads=hnp.arrays(np.float32, (5, 8), elements=st.floats(-100, 100, width=32)))
 def test_codes_are_off_by_at_most_half_a_step(heads: np.ndarray) -> None:
-    codes, scale = jax.jit(quantise)(heads)
+    words, scale = jax.jit(quantise)(heads)
     np.testing.assert_allclose(scale, np.abs(heads).max(axis=-1) / 127, rtol=1e-6)
-    back = dequantise(codes, scale, jnp.float32)
+    back = dequantise(words, scale, jnp.float32)
     assert (np.abs(back - heads) <= 0.5001 * np.asarray(scale)[:, None]).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_head_that_is_not_finite_reads_as_nan(value: float) -> None:
-    codes, scale = quantise(jnp.array([[1.0, value, 2.0], [1.0, 3.0, 2.0]]))
-    back = dequantise(codes, scale, jnp.float32)
+    words, scale = quantise(jnp.array([[1.0, value, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0]]))
+    back = dequantise(words, scale, jnp.float32)
     assert np.isnan(back[0]).all() and np.isfinite(back[1]).all()
 
 
@@ -149,7 +149,10 @@ def test_sizes_are_what_was_asked_for() -> None:
     assert (cache.pages, cache.page, cache.capacity) == (7, 16, 48)
     assert cache.k_scale.shape == (2, 7, 16, 2) and cache.k_scale.dtype == jnp.float32
     assert fj.init_paged_cache(CFG, batch=1, pages=99).capacity == CFG.max_position
-    assert fj.init_cache(CFG, 3, 10, dtype="int8").v_scale.shape == (2, 3, 10, 2)
+    contiguous = fj.init_cache(CFG, 3, 10, dtype="int8")
+    assert contiguous.v_scale.shape == (2, 3, 10, 2)
+    assert contiguous.v.shape == (2, 3, 10, 2, 2) and contiguous.v.dtype == jnp.int32  # heads of 8, four to a word
+    assert [c.dtype for c in (cache, contiguous, fj.init_cache(CFG, 1, 1))] == ["int8", "int8", "float32"]
 
 
 @pytest.mark.parametrize(

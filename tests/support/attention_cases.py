@@ -39,6 +39,19 @@ def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.floor(x / scale[..., None] + np.float32(0.5)).astype(np.int8), scale
 
 
+def in_words(codes: np.ndarray) -> np.ndarray:
+    """int32 [..., h / 4] of int8 codes: byte b of word i is that of channel i + b * h / 4, 128 larger."""
+    quarters = codes.reshape(*codes.shape[:-1], 4, -1)
+    octets = np.ascontiguousarray((np.moveaxis(quarters, -2, -1).astype(np.int32) + 128).astype(np.uint8))
+    return octets.view("<i4")[..., 0]
+
+
+def out_of_words(words: np.ndarray) -> np.ndarray:
+    """int32 codes [..., h] of what `in_words` made."""
+    octets = np.ascontiguousarray(words)[..., None].view(np.uint8).astype(np.int32) - 128
+    return np.moveaxis(octets, -1, -2).reshape(*words.shape[:-1], -1)
+
+
 def build(case: Case) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     """Arguments of `attention`, and the keys and values [B, capacity, Kv, h] that its cache means."""
     rng = np.random.default_rng(case.seed)
@@ -70,7 +83,7 @@ def build(case: Case) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
         paged = codes.reshape(batch, per_row, page, case.kv_heads, h)
         dead = pool[case.layer, order]
         pool[case.layer, order] = np.where(live.reshape(batch, per_row, page)[..., None, None], paged, dead)
-        pools.append(jnp.asarray(pool, jnp.int8 if case.cache == "int8" else case.dtype))
+        pools.append(jnp.asarray(in_words(pool)) if case.cache == "int8" else jnp.asarray(pool, case.dtype))
         scales.append(jnp.asarray(scale))
         dense.append(held)
     return {
@@ -130,7 +143,8 @@ def gather(case: Case, args: dict[str, Any], pools: Any, scales: Any) -> tuple[n
     """Keys and values float64 [B, capacity, Kv, h] of the layer as the cache means them."""
     found = []
     for i in range(2):
-        pool = np.asarray(pools[i], np.float64)[case.layer]
+        pool = np.asarray(pools[i])[case.layer]
+        pool = (pool if scales is None else out_of_words(pool)).astype(np.float64)
         if scales is not None:
             pool = pool * np.asarray(scales[i], np.float64)[case.layer][..., None]
         pages = np.asarray(args["table"]) if args["table"] is not None else np.arange(len(case.start))[:, None]
@@ -167,5 +181,6 @@ def check(case: Case, attention: Any) -> None:
         if not case.cache:
             assert np.isnan(found[~live]).all()
     for before, after in zip(args["pools"], pools, strict=True):
-        others = np.delete(np.asarray(before, np.float32), case.layer, 0)
-        np.testing.assert_array_equal(np.delete(np.asarray(after, np.float32), case.layer, 0), others)
+        wide = jnp.int32 if case.cache == "int8" else jnp.float32
+        others = np.delete(np.asarray(before, wide), case.layer, 0)
+        np.testing.assert_array_equal(np.delete(np.asarray(after, wide), case.layer, 0), others)
