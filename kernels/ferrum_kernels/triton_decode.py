@@ -40,6 +40,24 @@ def span_of(bits: int, group: int, groups: int) -> int:
     return next(p for p in (planes, planes // 2, 1) if groups == 1 or group % (p * PLANE) == 0)
 
 
+def group_of(block: Any, plane: int, bits: int, group: int, groups: int) -> Any:
+    """The group of a plane of a block; blocks that are padding have the last's.
+
+    Args:
+      block: of the weight, from 0.
+      plane: of the block.
+      bits: 4 or 8.
+      group: inputs of a group.
+      groups: of the weight.
+    """
+    run = 16 // bits * PLANE
+    if run % group == 0:
+        found = block * (run // group) + plane * PLANE // group
+    else:
+        found = lax.div(block * run + plane * PLANE, group)
+    return lax.min(found, groups - 1)
+
+
 def multiply_block(
     words: jax.Array,
     zeros: list[jax.Array | None],

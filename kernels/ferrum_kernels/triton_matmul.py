@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_decode import multiply_block, span_of
+from ferrum_kernels.triton_decode import group_of, multiply_block, span_of
 from ferrum_kernels.triton_route import power
 
 LEAST_ROWS = 8  # of a matrix instruction's right operand, as this backend builds it
@@ -171,17 +171,18 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     tile, rows = s.tile, s.rows
     first, block = pl.multiple_of(pl.program_id(0) * tile.n, tile.n), pl.program_id(1)
     lanes = jnp.arange(s.width, dtype=jnp.int32)
-    expert = r["experts"][block // rows.share] if "experts" in r else None
-    inside = (block % rows.share) * rows.block
+    whole, part = lax.div(block, rows.share), lax.rem(block, rows.share)
+    expert = r["experts"][whole] if "experts" in r else None
+    inside = part * rows.block
     if "counts" in r:
-        start, count = r["starts"][block // rows.share] + inside, r["counts"][block // rows.share] - inside
+        start, count = r["starts"][whole] + inside, r["counts"][whole] - inside
     else:
         start = block * rows.block
         count = out.shape[-2] - start
     alive = lanes < lax.min(count, rows.block)
     places = jnp.where(alive, start + lanes, start)
     pairs = plgpu.load(r["order"].at[places], mask=alive, other=0) if "order" in r else places
-    sources = places if rows.pairs_per_row == 0 else pairs // rows.pairs_per_row
+    sources = places if rows.pairs_per_row == 0 else lax.div(pairs, rows.pairs_per_row)
     # The interpreter writes what a mask hides as well, so rows that are not there point past the end.
     targets = jnp.where(alive, pairs if rows.by_pair else places, out.shape[-2])
     cols = first + jnp.arange(tile.n, dtype=jnp.int32)
@@ -241,7 +242,7 @@ def _sums(
         """The group of each run of planes in a block."""
         if s.groups == 1:
             return [0] * (planes // span)
-        return [lax.min((b * run + j * PLANE) // s.group, s.groups - 1) for j in range(0, planes, span)]
+        return [group_of(b, j, s.bits, s.group, s.groups) for j in range(0, planes, span)]
 
     def scales(b: Any, at: Any) -> list[jax.Array]:
         return [] if s.groups == 1 else [columns(r["scales"], group, at) for group in groups_of(b)]
