@@ -49,6 +49,9 @@ def group_of(block: Any, plane: int, bits: int, group: int, groups: int) -> Any:
       bits: 4 or 8.
       group: inputs of a group.
       groups: of the weight.
+
+    >>> [int(group_of(5, plane, 4, 64, 16)) for plane in range(4)], int(group_of(5, 3, 4, 512, 16))
+    ([10, 10, 11, 11], 1)
     """
     run = 16 // bits * PLANE
     if run % group == 0:
