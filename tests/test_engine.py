@@ -174,9 +174,9 @@ def test_a_ladder_of_batches_that_begins_above_one_is_compiled_whole_too(model: 
 def test_plans_share_one_trace_of_the_model(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, traced = dataclasses.replace(model.cfg, pad_token_id=12), []  # of its own, as above
 
-    def prefill(params: Any, tokens: Any, *rest: Any, cfg: ModelConfig) -> Any:
+    def prefill(params: Any, tokens: Any, lengths: Any, cache: Any, *, cfg: ModelConfig) -> Any:
         traced.append(tokens.shape)
-        return fj.prefill(params, tokens, *rest, cfg)
+        return fj.prefill(params, tokens, lengths, cache, cfg)
 
     monkeypatch.setattr(engine_steps, "prefill", prefill)
     buckets, plans = Buckets(batch=(1,), prefill=(16,), cache=(32,)), (SamplerPlan(), SamplerPlan(random=True))

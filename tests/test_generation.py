@@ -292,9 +292,9 @@ def test_one_and_several_steps_of_a_dispatch_share_one_trace_of_the_model(
 ) -> None:
     traced = []
 
-    def prefill(params: Any, tokens: Any, *rest: Any, cfg: ModelConfig) -> Any:
+    def prefill(params: Any, tokens: Any, lengths: Any, cache: Any, *, cfg: ModelConfig) -> Any:
         traced.append(tokens.shape)
-        return fj.prefill(params, tokens, *rest, cfg)
+        return fj.prefill(params, tokens, lengths, cache, cfg)
 
     monkeypatch.setattr(compiled_steps, "prefill", prefill)
     requests = [SamplingParams()]
