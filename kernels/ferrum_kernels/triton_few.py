@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
+from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_decode import group_of, multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
 from ferrum_kernels.triton_route import find_best, load_logits, power
@@ -115,9 +116,6 @@ def gated(
     Returns:
       (h [P, F],), nobody's rows not written; with logits also experts, weights and live as `triton_route.route`.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     routes = logits is not None
     tokens = logits.shape[-2] if routes else live.shape[0]
     pairs = tokens * top_k
@@ -143,14 +141,16 @@ def gated(
     ids = jax.ShapeDtypeStruct((pairs,), jnp.int32)
     shapes = [jax.ShapeDtypeStruct((pairs, s.columns), x.dtype)]
     shapes += [ids, jax.ShapeDtypeStruct((pairs,), jnp.float32), ids] if routes else []
-    out = pl.pallas_call(
+    out = call(
         functools.partial(_gated_kernel, s, tuple(given)),
-        out_shape=shapes,
-        grid=(pairs, s.columns // cut.n),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        list(given.values()),
+        shapes,
+        (pairs, s.columns // cut.n),
+        "gptq_gated_few",
+        warps=cut.warps,
+        stages=cut.stages,
         interpret=interpret,
-        name="gptq_gated_few",
-    )(*given.values())
+    )
     return (out[0], *(part.reshape(tokens, top_k) for part in out[1:]))
 
 
@@ -236,9 +236,6 @@ def down(
     Returns:
       [T, D'] in h.dtype, zero where a token has no expert.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     tokens, top_k = live.shape
     s = _statics(
         w,
@@ -253,14 +250,16 @@ def down(
     )
     named = {"live": live.reshape(-1), "weights": weights.reshape(-1), "x": h, **_arrays(w, layer)}
     given = {name: array for name, array in named.items() if array is not None}
-    return pl.pallas_call(
+    return call(
         functools.partial(_down_kernel, s, tuple(given)),
-        out_shape=jax.ShapeDtypeStruct((tokens, s.columns), h.dtype),
-        grid=(tokens, s.columns // cut.n),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        list(given.values()),
+        jax.ShapeDtypeStruct((tokens, s.columns), h.dtype),
+        (tokens, s.columns // cut.n),
+        "gptq_down_few",
+        warps=cut.warps,
+        stages=cut.stages,
         interpret=interpret,
-        name="gptq_down_few",
-    )(*given.values())
+    )
 
 
 def _down_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ferrum_kernels.triton_call import call
+
 GROUP = 64  # tokens
 TILE = 4096  # tokens of a program
 PART = 1024  # of them that are left out together
@@ -34,21 +36,14 @@ def call_kernel(
 ) -> dict[str, jax.Array]:
     """Run kernel(interpret, inputs, outputs, *program ids); gives its outputs."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     def run(*refs: Any) -> None:
         r = dict(zip(given, refs, strict=False))
         o = dict(zip(out, refs[len(given) :], strict=True))
         kernel(interpret, r, o, *(pl.program_id(i) for i in range(len(grid))))
 
-    results = pl.pallas_call(
-        run,
-        out_shape=tuple(out.values()),
-        grid=grid,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name=name,
-    )(*given.values())
+    shapes = tuple(out.values())
+    results = call(run, list(given.values()), shapes, grid, name, warps=warps, interpret=interpret)
     return dict(zip(out, results, strict=True))
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
+from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_decode import group_of, multiply_block, span_of
 from ferrum_kernels.triton_route import power
 
@@ -99,9 +100,6 @@ def product(
     Returns:
       [out_rows, N'] or [out_rows, N / 2]; rows that no block has are not written.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     columns = w.n_per_expert // 2 if gated else w.words.shape[-2]
     layered = layer is not None
     index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
@@ -134,15 +132,16 @@ def product(
         fill=fill,
         interpret=interpret,
     )
-    call = pl.pallas_call(
+    return call(
         functools.partial(_kernel, statics, tuple(given)),
-        out_shape=jax.ShapeDtypeStruct((out_rows, columns), out_dtype),
-        grid=(columns // tile.n, blocks),
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        list(given.values()),
+        jax.ShapeDtypeStruct((out_rows, columns), out_dtype),
+        (columns // tile.n, blocks),
+        "gptq_gated" if gated else "gptq_product",
+        warps=tile.warps,
+        stages=tile.stages,
         interpret=interpret,
-        name="gptq_gated" if gated else "gptq_product",
     )
-    return call(*given.values())
 
 
 @dataclasses.dataclass(frozen=True)

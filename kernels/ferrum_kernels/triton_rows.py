@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
+from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_decode import group_of, multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
 from ferrum_kernels.triton_route import power
@@ -101,9 +102,6 @@ def product(x: jax.Array, w: TiledLinear, layer: Any, cut: Cut, out_dtype: Any, 
     Returns:
       [M, N']; with more than one part [parts, M, N'], to be added up.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     columns, tokens = w.words.shape[-2], x.shape[0]
     s = _Statics(cut, tokens, w.bits, w.group_size, w.num_groups, w.num_blocks, interpret)
     stacks = {"words": w.words, "scales": w.scales, "zeros": w.zeros}
@@ -111,14 +109,16 @@ def product(x: jax.Array, w: TiledLinear, layer: Any, cut: Cut, out_dtype: Any, 
         stacks = {name: None if array is None else array[None] for name, array in stacks.items()}
     index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
     given = {name: array for name, array in {"layer": index, "x": x, **stacks}.items() if array is not None}
-    y = pl.pallas_call(
+    y = call(
         functools.partial(_kernel, s, tuple(given)),
-        out_shape=jax.ShapeDtypeStruct((cut.parts, tokens, columns), out_dtype),
-        grid=(columns // cut.n, cut.parts, -(-tokens // (cut.rows or power(tokens)))),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        list(given.values()),
+        jax.ShapeDtypeStruct((cut.parts, tokens, columns), out_dtype),
+        (columns // cut.n, cut.parts, -(-tokens // (cut.rows or power(tokens)))),
+        "gptq_rows",
+        warps=cut.warps,
+        stages=cut.stages,
         interpret=interpret,
-        name="gptq_rows",
-    )(*given.values())
+    )
     return y[0] if cut.parts == 1 else y
 
 
