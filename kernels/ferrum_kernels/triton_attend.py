@@ -16,7 +16,6 @@ from ferrum_kernels.triton_flash import (
     Refs,
     Statics,
     cache_rows,
-    flat,
     nothing,
     power,
     read,
@@ -79,7 +78,7 @@ def share(s: Statics, r: Refs, me: Any) -> Share:
 def _pieces(s: Statics, tiles: Any, total: Any) -> Any:
     """How many pieces rows of so many tiles have; at least one."""
     size = lax.max(lax.div(total + (s.cut.pieces - 1), s.cut.pieces), s.cut.least)
-    parts = lax.max((2 * tiles + size) // (2 * size), 1)
+    parts = lax.max(lax.div(2 * tiles + size, jnp.broadcast_to(2 * size, jnp.shape(tiles))), 1)
     return jnp.where(tiles <= s.cut.whole, 1, lax.min(parts, s.cut.most_parts(tiles)))
 
 
@@ -171,13 +170,14 @@ def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Arra
     lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
     at = jnp.where(member < s.group, head * s.group + member, s.heads)
     until = jnp.where(member < s.group, count, 0)  # parts of a query
-    columns = flat(at[:, None], lane)
+    columns = jnp.broadcast_arrays(at[:, None], lane)
     wide = jnp.broadcast_to(until[:, None], columns[0].shape)
 
     def body(i: Any, state: Any) -> Any:
         most, total, values = state
         parts, sums = [], []
-        for nth in (i * TURN + k for k in range(TURN)):
+        turn = jnp.int32(i * TURN)  # of one type with what it is compared with and added to
+        for nth in (turn + k for k in range(TURN)):
             part = jnp.broadcast_to(first + nth, at.shape)
             parts.append(read(out["parts"], (first + nth, *columns), nth < wide))
             sums.append(plgpu.load(out["sums"].at[part, at], mask=nth < until, other=LEAST))
