@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -61,6 +62,7 @@ def group_of(block: Any, plane: int, bits: int, group: int, groups: int) -> Any:
     return lax.min(found, groups - 1)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "interpret"))  # so that it is traced once for its shapes
 def multiply_block(
     words: jax.Array,
     zeros: list[jax.Array | None],

@@ -295,6 +295,7 @@ def _layer(s: _Statics, r: dict[str, Any]) -> tuple[Any, ...]:
     return (r["layer"][0],) if s.layered else ()
 
 
+@functools.partial(jax.jit, static_argnums=0)  # so that it is traced once for gate and up
 def _added(s: _Statics, total: jax.Array, weight: jax.Array | None) -> jax.Array:
     """float32 [n]: of [segments * n, width] each segment's own column, weighted, summed over segments."""
     rows, width = total.shape
