@@ -204,7 +204,7 @@ class BucketedStep:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Look for no garbage: what a trace makes lives until it ends."""
+    """Look for no garbage: what a trace makes lives until it ends, and what it leaves behind is no circle."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -233,10 +233,11 @@ def compile_together(jobs: Iterable[Callable[[], None]], threads: int | None = N
     pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1))
     try:
         waiting: collections.deque[Future[None]] = collections.deque()
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            while waiting and waiting[0].done():
-                waiting.popleft().result()
+        with _uncollected():
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                while waiting and waiting[0].done():
+                    waiting.popleft().result()
         for compiled in waiting:
             compiled.result()
     finally:

@@ -107,7 +107,8 @@ class EngineSteps:
         Args:
           cfg: the model's configuration.
         """
-        self._cfg = cfg
+        # Traced once for each of its shapes, whatever samples from its logits.
+        self._prefill = jax.jit(functools.partial(prefill, cfg=cfg))
         self._decode: dict[SamplerPlan, BucketedStep] = {}
         self._read: dict[SamplerPlan, BucketedStep] = {}
         self._admit = BucketedStep("admit", _admit, ("state",))
@@ -146,7 +147,7 @@ class EngineSteps:
         """What decodes, or reads tokens, and the bucket of these arguments."""
         steps, name = (self._decode, "decode") if tokens is None else (self._read, "read")
         if plan not in steps:
-            steps[plan] = BucketedStep(name, functools.partial(advance, plan, self._cfg), ("state",))
+            steps[plan] = BucketedStep(name, functools.partial(advance, plan, self._prefill), ("state",))
         return steps[plan], control.shape if tokens is None else (*tokens.shape, control.shape[1])
 
 
@@ -164,13 +165,13 @@ def steps_for(cfg: ModelConfig, shape: Shape, structure: Hashable) -> EngineStep
 
 
 def advance(
-    plan: SamplerPlan, cfg: ModelConfig, params: Any, tokens: Any, control: jax.Array, state: EngineState
+    plan: SamplerPlan, read: Callable[..., Any], params: Any, tokens: Any, control: jax.Array, state: EngineState
 ) -> tuple[Sampled, EngineState]:
     """Read tokens and sample.
 
     Args:
       plan: stages of sampling.
-      cfg: the model.
+      read: `model.prefill` of the model.
       params: its parameters.
       tokens: int32 [b, width], right-padded; None reads the token that each row sampled last.
       control: int32 [b, COLUMNS + n], per row its slot (one past the last for none), the tokens it holds, how many to
@@ -184,7 +185,7 @@ def advance(
     cache = PagedCache(state.k, state.v, control[:, COLUMNS:], held, state.k_scale, state.v_scale)
     if tokens is None:
         tokens = _take(state.last, slot)[:, None]
-    logits, cache = prefill(params, tokens, count, cache, cfg)
+    logits, cache = read(params, tokens, count, cache)
     assert isinstance(cache, PagedCache)
     wanted = samples > 0
     absent = () if plan.bias else ("bias",)

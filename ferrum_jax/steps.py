@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -79,10 +79,11 @@ class Programs:
     Args:
       cfg: the model's configuration.
       plan: of the sampler.
+      read: `model.prefill` of the model; jitted, so that it is traced once for all programs that read these shapes.
     """
 
-    def __init__(self, cfg: ModelConfig, plan: SamplerPlan) -> None:
-        self.cfg, self.plan = cfg, plan
+    def __init__(self, cfg: ModelConfig, plan: SamplerPlan, read: Callable[..., Any]) -> None:
+        self.cfg, self.plan, self._read = cfg, plan, read
         self.prefill = BucketedStep("prefill", self._prefill, ("cache", "logits"))
         self.sample = BucketedStep("sample", self._sample, ("state",))
         self._decode_by_count: dict[int, BucketedStep] = {}
@@ -90,7 +91,7 @@ class Programs:
     def decode(self, count: int) -> BucketedStep:
         """The step of `count` decode steps in one dispatch."""
         if count not in self._decode_by_count:
-            function = functools.partial(decode_steps, self.cfg, self.plan, count)
+            function = functools.partial(decode_steps, self._read, self.plan, count)
             name = "decode" if count == 1 else f"decode {count}"
             self._decode_by_count[count] = BucketedStep(name, function, ("cache", "state"))
         return self._decode_by_count[count]
@@ -105,7 +106,7 @@ class Programs:
         return sum(record.seconds for record in self.records())
 
     def _prefill(self, params: Any, tokens: Any, lengths: Any, cache: Cache, logits: Any) -> Any:
-        new, cache = prefill(params, tokens, lengths, cache, self.cfg)
+        new, cache = self._read(params, tokens, lengths, cache)
         return jnp.where((lengths > 0)[:, None], new, logits), cache
 
     def _sample(self, logits: Any, state: Any) -> Any:
@@ -113,7 +114,7 @@ class Programs:
 
 
 def decode_steps(
-    cfg: ModelConfig,
+    read: Callable[..., Any],
     plan: SamplerPlan,
     count: int,
     params: Any,
@@ -125,7 +126,7 @@ def decode_steps(
     """Several decode steps, each on the tokens of the one before.
 
     Args:
-      cfg: frozen configuration.
+      read: `model.prefill` of the model.
       plan: of the sampler.
       count: how many steps.
       params: the model's pytree.
@@ -142,7 +143,7 @@ def decode_steps(
     def step(carry: tuple, _: None) -> tuple[tuple, Sampled]:
         rows, cache, state = carry
         # A prefill of one token, or of none for rows that have ended: they route to no expert.
-        logits, cache = prefill(params, rows.token[:, None], rows.active, cache, cfg)
+        logits, cache = read(params, rows.token[:, None], rows.active, cache)
         # Rows that ended have no logits of their own; zeros keep them finite.
         sampled, state = sample_step(jnp.where((rows.active > 0)[:, None], logits, 0.0), state, plan)
         return (rows.after(sampled), cache, state), sampled
@@ -165,13 +166,14 @@ class Steps:
           cfg: the model's configuration.
         """
         self.cfg = cfg
+        self._read = jax.jit(functools.partial(prefill, cfg=cfg))
         self._by_plan: dict[Hashable, Programs] = {}
 
     def of(self, params: Any, plan: SamplerPlan) -> Programs:
         """The programs for parameters of one structure and one sampler plan."""
         key = structure_of(params), plan
         if key not in self._by_plan:
-            self._by_plan[key] = Programs(self.cfg, plan)
+            self._by_plan[key] = Programs(self.cfg, plan, self._read)
         return self._by_plan[key]
 
     def records(self) -> list[CompileRecord]:

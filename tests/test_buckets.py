@@ -183,6 +183,18 @@ def test_after_an_interrupt_nothing_begins_to_compile() -> None:
     assert not compiled
 
 
+def test_no_garbage_is_looked_for_while_programs_are_traced_one_after_the_other() -> None:
+    seen = []
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        for _ in range(2):
+            seen.append(gc.isenabled())
+            yield lambda: None
+
+    compile_together(jobs())
+    assert seen == [False, False] and gc.isenabled()
+
+
 def test_garbage_is_collected_again_after_a_trace_that_fails() -> None:
     seen = []
 

@@ -14,8 +14,10 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import engine as engines
+from ferrum_jax import engine_steps
 from ferrum_jax.buckets import Buckets
 from ferrum_jax.checkpoint.load import Model
+from ferrum_jax.config import ModelConfig
 from ferrum_jax.engine import Engine, Event
 from ferrum_jax.errors import CapacityError, ConfigError, FerrumError, RequestError
 from ferrum_jax.sampling import SamplerPlan
@@ -167,6 +169,19 @@ def test_a_ladder_of_batches_that_begins_above_one_is_compiled_whole_too(model: 
     assert engine.warm_up() == 2 == len(engine.records) - 1
     engine.submit("A", max_tokens=2)
     assert len(list(engine.run())) == 2 and len(engine.records) == 3
+
+
+def test_plans_share_one_trace_of_the_model(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, traced = dataclasses.replace(model.cfg, pad_token_id=12), []  # of its own, as above
+
+    def prefill(params: Any, tokens: Any, lengths: Any, cache: Any, *, cfg: ModelConfig) -> Any:
+        traced.append(tokens.shape)
+        return fj.prefill(params, tokens, lengths, cache, cfg)
+
+    monkeypatch.setattr(engine_steps, "prefill", prefill)
+    buckets, plans = Buckets(batch=(1,), prefill=(16,), cache=(32,)), (SamplerPlan(), SamplerPlan(random=True))
+    engine = make(dataclasses.replace(model, cfg=cfg), slots=1, buckets=buckets, plans=plans, pages=8)
+    assert engine.warm_up() == 2 * 2 and sorted(traced) == [(1, 1), (1, 16)]
 
 
 def test_lengths_that_fill_the_same_pages_are_one_program(model: Model) -> None:

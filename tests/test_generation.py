@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax import steps as compiled_steps
 from ferrum_jax.buckets import Buckets
 from ferrum_jax.checkpoint.load import Model
+from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, ConfigError, RequestError
 from ferrum_jax.generation import Step, Steps, steps_for, stream_batch
-from ferrum_jax.sampling import SamplerPlan, SamplingParams
+from ferrum_jax.sampling import SamplerPlan, SamplingParams, init_sampler
 from tests.support.compiling import Compilations
 
 PROMPTS = ["Once upon a time there was a king", "The fox", "In the beginning of the world the old woman said to him"]
@@ -283,3 +285,28 @@ def test_where_xla_attends_no_step_reads_a_piece_of_more_than_512_tokens(
     assert len(list(fj.stream_generate(mine, list(range(11, 51)), max_tokens=1))) == 1
     assert [record.bucket for record in steps_for(cfg).records() if record.step == "prefill"] == [(1, 16, 128)]
     assert fj.Engine(mine, slots=1, pages=8)._buckets.widths() == (16,)
+
+
+def test_one_and_several_steps_of_a_dispatch_share_one_trace_of_the_model(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = []
+
+    def prefill(params: Any, tokens: Any, lengths: Any, cache: Any, *, cfg: ModelConfig) -> Any:
+        traced.append(tokens.shape)
+        return fj.prefill(params, tokens, lengths, cache, cfg)
+
+    monkeypatch.setattr(compiled_steps, "prefill", prefill)
+    requests = [SamplingParams()]
+    plan = SamplerPlan.of(requests)
+    given = {
+        "params": model.params,
+        "going": compiled_steps.going(np.zeros(1, np.int32), [1], [9], [()]),
+        "keep": np.ones(1, np.int32),
+        "cache": jax.eval_shape(lambda: fj.init_cache(model.cfg, 1, 32)),
+        "state": init_sampler(requests, model.cfg.vocab_size, [[]], plan),
+    }
+    programs = Steps(model.cfg).of(model.params, plan)
+    for count in (1, 4):
+        programs.decode(count).trace(count, **given)
+    assert traced == [(1, 1)]

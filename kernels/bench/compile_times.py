@@ -81,7 +81,8 @@ def compile_all(config: Path, batches: list[int], implementation: str | None) ->
     jax.block_until_ready(jnp.zeros(1) + 1)  # the device is up, and so is its compiler
     with contextlib.suppress(ImportError):
         from jax.experimental.pallas import triton  # noqa: F401  imports are not part of it, and this is one more
-    step = BucketedStep("decode", lambda params, token, cache: fj.decode_step(params, token, cache, cfg), ("cache",))
+    decode_step = fj.decode_step  # imports the model
+    step = BucketedStep("decode", lambda params, token, cache: decode_step(params, token, cache, cfg), ("cache",))
 
     def trace(batch: int, cache: Any) -> Any:
         return step.trace(batch, params=params, token=jax.ShapeDtypeStruct((batch,), jnp.int32), cache=cache)

@@ -38,6 +38,7 @@ from ferrum_jax.cli.bench_roofline import decode_bytes
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.errors import ConfigError
+from ferrum_jax.model import prefill
 from ferrum_jax.params import abstract
 from ferrum_jax.sampling import SamplerPlan, SamplingParams, init_sampler
 from ferrum_jax.steps import decode_steps, going
@@ -241,7 +242,8 @@ def main() -> None:
     def compiled_for(case: tuple[int, int]) -> tuple[float, Any]:
         batch, count = case
         given = inputs(batch, jax.eval_shape(lambda: init_cache(cfg, batch, args.slots)))
-        step = jax.jit(partial(decode_steps, cfg, plan, count), donate_argnames=("cache", "state"))
+        function = partial(decode_steps, partial(prefill, cfg=cfg), plan, count)
+        step = jax.jit(function, donate_argnames=("cache", "state"))
         began = time.perf_counter()
         lowered = step.lower(params=params, keep=jax.ShapeDtypeStruct((batch,), jnp.int32), **given)
         compiled = lowered.compile(compiler_options=options or None)

@@ -52,8 +52,8 @@ class Share:
 def _seen(s: Statics, start: Any, count: Any, window: Any) -> tuple[Any, Any]:
     """The first tile of what a new token sees in the cache, and the one after the last."""
     end = jnp.where(count > 0, lax.max(lax.min(start, s.capacity), 0), 0)
-    first = lax.max(start + 1 - window, 0) // s.cut.tile
-    end = (end + (s.cut.tile - 1)) // s.cut.tile
+    first = lax.div(lax.max(start + 1 - window, 0), s.cut.tile)
+    end = lax.div(end + (s.cut.tile - 1), s.cut.tile)
     return lax.min(first, end), end
 
 
@@ -79,15 +79,16 @@ def share(s: Statics, r: Refs, me: Any) -> Share:
 
 def _pieces(s: Statics, tiles: Any, total: Any) -> Any:
     """How many pieces rows of so many tiles have; at least one."""
-    size = lax.max((total + (s.cut.pieces - 1)) // s.cut.pieces, s.cut.least)
-    parts = lax.max((2 * tiles + size) // (2 * size), 1)
+    size = lax.max(lax.div(total + (s.cut.pieces - 1), s.cut.pieces), s.cut.least)
+    parts = lax.max(lax.div(2 * tiles + size, jnp.broadcast_to(2 * size, jnp.shape(tiles))), 1)
     return jnp.where(tiles <= s.cut.whole, 1, lax.min(parts, s.cut.most_parts(tiles)))
 
 
 def _piece(first: Any, end: Any, part: Any, parts: Any) -> tuple[Any, Any]:
     """The tiles of a piece: all of a row's are alike, but for one tile."""
     parts = lax.max(parts, 1)
-    return first + part * (end - first) // parts, first + (part + 1) * (end - first) // parts
+    begin, past = (first + lax.div(nth * (end - first), parts) for nth in (part, part + 1))
+    return begin, past
 
 
 def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
@@ -165,18 +166,23 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
 
 def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Array:
     """The sum [M, h] of some parts of one row, whose queries are M; some at a time, always in the same order."""
+    from jax.experimental.pallas import triton as plgpu
+
     member = jnp.arange(s.padded_group, dtype=jnp.int32)
     lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
     at = jnp.where(member < s.group, head * s.group + member, s.heads)
+    until = jnp.where(member < s.group, count, 0)  # parts of a query
+    columns = jnp.broadcast_arrays(at[:, None], lane)
+    wide = jnp.broadcast_to(until[:, None], columns[0].shape)
 
     def body(i: Any, state: Any) -> Any:
         most, total, values = state
         parts, sums = [], []
-        for k in range(TURN):
-            place = i * TURN + k
-            alive = (place < count) & (member < s.group)
-            parts.append(read(out["parts"], (first + place, at[:, None], lane), alive[:, None]))
-            sums.append(jnp.where(alive, read(out["sums"], (first + place, at), alive), LEAST))
+        turn = jnp.int32(i * TURN)  # of one type with what it is compared with and added to
+        for nth in (turn + k for k in range(TURN)):
+            part = jnp.broadcast_to(first + nth, at.shape)
+            parts.append(read(out["parts"], (first + nth, *columns), nth < wide))
+            sums.append(plgpu.load(out["sums"].at[part, at], mask=nth < until, other=LEAST))
         now = functools.reduce(lax.max, sums, most)
         fade = power(most - now, s.interpret)
         total, values = total * fade, values * fade[:, None]
@@ -187,7 +193,7 @@ def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Arra
 
     zeros = jnp.zeros((s.padded_group,), jnp.float32)
     state = (zeros + LEAST, zeros, jnp.zeros((s.padded_group, s.head_dim), jnp.float32))
-    _, total, values = lax.fori_loop(0, (count + (TURN - 1)) // TURN, body, state)
+    _, total, values = lax.fori_loop(0, lax.div(count + (TURN - 1), TURN), body, state)
     return values / total[:, None]
 
 

@@ -24,6 +24,7 @@ from ferrum_kernels.code_words import WORD
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_attention_cuts import decode_cut, most_programs, prefill_cut
+from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_flash import Cut, Parts, Refs, Statics
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
@@ -265,9 +266,6 @@ def _check(
 def _call(
     kernel: Any, s: Statics, given: Refs, out: Refs, grid: tuple[int, ...], name: str, aliases: dict[str, str], cut: Cut
 ) -> dict[str, jax.Array]:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     inputs, outputs = list(given), list(out)
 
     def run(*refs: Any) -> None:
@@ -277,15 +275,17 @@ def _call(
             r = {"k": r["q"], "v": r["q"], **r}
         kernel(s, r, o)
 
-    results = pl.pallas_call(
+    results = call(
         run,
-        out_shape=tuple(out.values()),
-        grid=grid,
-        input_output_aliases={inputs.index(a): outputs.index(b) for a, b in aliases.items()},
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        list(given.values()),
+        tuple(out.values()),
+        grid,
+        name,
+        warps=cut.warps,
+        stages=cut.stages,
+        aliases={inputs.index(a): outputs.index(b) for a, b in aliases.items()},
         interpret=s.interpret,
-        name=name,
-    )(*given.values())
+    )
     return dict(zip(outputs, results, strict=True))
 
 

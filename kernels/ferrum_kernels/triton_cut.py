@@ -26,8 +26,8 @@ from ferrum_kernels.triton_logits import (
     call_kernel,
     float_of,
     order,
+    over_parts,
     part_size,
-    parts,
     read,
     store,
     tokens,
@@ -190,7 +190,7 @@ def _weigh_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> N
         bounds = [lax.min(low + apart * i, high) for i in range(BOUNDS - 1)] + [high]
         step = min(STEP, part_size(interpret))
 
-        def add(first: Any, sums: Any) -> Any:
+        def add(first: Any, sums: list[jax.Array]) -> list[jax.Array]:
             steps = range(0, part_size(interpret), step)
             ids = [first + i + jnp.arange(step, dtype=jnp.int32) for i in steps]
             for x in [tokens(interpret, r, row, some, low) for some in ids]:
@@ -198,9 +198,7 @@ def _weigh_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> N
                 sums = [_plus(total, x, bound, weights, interpret) for total, bound in zip(sums, bounds, strict=True)]
             return sums
 
-        sums = [jnp.zeros((step,), jnp.float32)] * BOUNDS
-        for first, some in parts(interpret, r, row, tile, low):
-            sums = lax.cond(some, functools.partial(add, first), lambda sums: sums, sums)
+        sums = over_parts(interpret, r, row, tile, low, add, [jnp.zeros((step,), jnp.float32)] * BOUNDS)
         for i, total in enumerate(sums):
             out["sums"][row, tile, i] = jnp.sum(total)
 
@@ -237,15 +235,14 @@ def _count_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> N
             out["cell"][row, i] = cell[i]
 
     def count() -> None:
-        def add(first: Any, above: Any, inside: Any) -> tuple[Any, Any]:
+        def add(first: Any, found: tuple[Any, Any]) -> tuple[Any, Any]:
+            above, inside = found
             ids = first + jnp.arange(part_size(interpret), dtype=jnp.int32)
             x = tokens(interpret, r, row, ids, cell[0])
             above += jnp.sum(jnp.where(x >= cell[1], 1, 0))
             return above, inside + jnp.sum(jnp.where((x >= cell[0]) & (x < cell[1]) & (x > -jnp.inf), 1, 0))
 
-        found = tile - tile, tile - tile  # zeros, but no constants, which Pallas does not lower in a branch
-        for first, some in parts(interpret, r, row, tile, cell[0]):
-            found = lax.cond(some, functools.partial(add, first), lambda *found: found, *found)
+        found = over_parts(interpret, r, row, tile, cell[0], add, (jnp.int32(0), jnp.int32(0)))
         out["above"][row, tile], out["inside"][row, tile] = found
 
     pl.when(tile == 0)(note)
@@ -260,8 +257,10 @@ def _list_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> No
 
     def put() -> None:
         count, before, everything = counts(interpret, r, row, tile)
+        pl.when(count <= LIST)(lambda: write(before, everything))
 
-        def write(first: Any, before: Any) -> Any:
+    def write(before: Any, everything: Any) -> None:
+        def add(first: Any, before: Any) -> Any:
             ids = first + jnp.arange(part_size(interpret), dtype=jnp.int32)
             x = tokens(interpret, r, row, ids, low)
             mine = (x >= low) & (x > -jnp.inf) & ((x < high) | everything)
@@ -270,7 +269,6 @@ def _list_kernel(interpret: bool, r: Refs, out: Refs, row: Any, tile: Any) -> No
             store(out["ids"], row, place, ids, mine)
             return before + jnp.sum(jnp.where(mine, 1, 0))
 
-        for first, some in parts(interpret, r, row, tile, low):
-            before = lax.cond(some & (count <= LIST), functools.partial(write, first), lambda before: before, before)
+        over_parts(interpret, r, row, tile, low, add, before)
 
     pl.when(r["facts"][row, 2] < jnp.inf)(put)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,28 @@ def span_of(bits: int, group: int, groups: int) -> int:
     return next(p for p in (planes, planes // 2, 1) if groups == 1 or group % (p * PLANE) == 0)
 
 
+def group_of(block: Any, plane: int, bits: int, group: int, groups: int) -> Any:
+    """The group of a plane of a block; blocks that are padding have the last's.
+
+    Args:
+      block: of the weight, from 0.
+      plane: of the block.
+      bits: 4 or 8.
+      group: inputs of a group.
+      groups: of the weight.
+
+    >>> [int(group_of(5, plane, 4, 64, 16)) for plane in range(4)], int(group_of(5, 3, 4, 512, 16))
+    ([10, 10, 11, 11], 1)
+    """
+    run = 16 // bits * PLANE
+    if run % group == 0:
+        found = block * (run // group) + plane * PLANE // group
+    else:
+        found = lax.div(block * run + plane * PLANE, group)
+    return lax.min(found, groups - 1)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "interpret"))  # so that it is traced once for its shapes
 def multiply_block(
     words: jax.Array,
     zeros: list[jax.Array | None],

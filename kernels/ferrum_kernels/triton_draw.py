@@ -16,7 +16,7 @@ from ferrum_kernels.triton_cut import find
 from ferrum_kernels.triton_logits import TILE, Refs, call_kernel, tokens
 from ferrum_kernels.triton_noise import gumbel
 
-PART = 512  # tokens whose noise is made together
+PART = 1024  # tokens whose noise is made together
 
 
 def draw(

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_decode import multiply_block, span_of
+from ferrum_kernels.triton_call import call
+from ferrum_kernels.triton_decode import group_of, multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
 from ferrum_kernels.triton_route import find_best, load_logits, power
 
@@ -115,9 +116,6 @@ def gated(
     Returns:
       (h [P, F],), nobody's rows not written; with logits also experts, weights and live as `triton_route.route`.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     routes = logits is not None
     tokens = logits.shape[-2] if routes else live.shape[0]
     pairs = tokens * top_k
@@ -143,14 +141,16 @@ def gated(
     ids = jax.ShapeDtypeStruct((pairs,), jnp.int32)
     shapes = [jax.ShapeDtypeStruct((pairs, s.columns), x.dtype)]
     shapes += [ids, jax.ShapeDtypeStruct((pairs,), jnp.float32), ids] if routes else []
-    out = pl.pallas_call(
+    out = call(
         functools.partial(_gated_kernel, s, tuple(given)),
-        out_shape=shapes,
-        grid=(pairs, s.columns // cut.n),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        list(given.values()),
+        shapes,
+        (pairs, s.columns // cut.n),
+        "gptq_gated_few",
+        warps=cut.warps,
+        stages=cut.stages,
         interpret=interpret,
-        name="gptq_gated_few",
-    )(*given.values())
+    )
     return (out[0], *(part.reshape(tokens, top_k) for part in out[1:]))
 
 
@@ -164,9 +164,9 @@ def _gated_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     pair, tile = pl.program_id(0), pl.program_id(1)
     first = pl.multiple_of(tile * s.cut.n, s.cut.n)
     if routing:
-        token = pair // s.top_k
+        token = lax.div(pair, s.top_k)
         seen = r["mask"][token] != 0 if "mask" in r else True
-        expert, weight = _choose(s, r["logits"], token, pair % s.top_k)
+        expert, weight = _choose(s, r["logits"], token, lax.rem(pair, s.top_k))
         taken = jnp.where(seen, expert, s.num_experts)
 
         def note() -> None:
@@ -181,7 +181,7 @@ def _gated_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     def compute() -> None:
         rows = s.segments * s.cut.n
         experts = jnp.broadcast_to(expert, (rows,))
-        gate, up = _sums(s, r, layer, experts, None, first, [0, s.columns], lambda _: pair // s.per_row)
+        gate, up = _sums(s, r, layer, experts, None, first, [0, s.columns], lambda _: lax.div(pair, s.per_row))
         gate, up = (_added(s, total, None) for total in (gate, up))
         y = gate * (1.0 / (1.0 + jnp.exp(-gate))) * up
         plgpu.store(out.at[pair, pl.ds(first, s.cut.n)], y.astype(out.dtype))
@@ -197,11 +197,19 @@ def _choose(s: _Statics, logits: Any, token: Any, slot: Any) -> tuple[Any, Any]:
     lane = jnp.broadcast_to(lane[None, :], (s.cut.warps, lane.shape[0]))
     real = lane < s.num_experts
     x = load_logits(logits, jnp.full(lane.shape, token, jnp.int32), lane, real)
-    best, kept, _ = find_best(jnp.where(real, x, -jnp.inf), s.num_experts, s.top_k)
-    expert, weight = (sum(jnp.where(slot == k, value, 0) for k, value in enumerate(one)) for one in (best, kept))
-    if s.norm:
-        weight = weight / functools.reduce(jnp.add, kept)
+    expert, weight = _ranked(jnp.where(real, x, -jnp.inf), slot, s.num_experts, s.top_k, s.norm)
     return jnp.sum(jnp.where(first, expert, 0)), jnp.sum(jnp.where(first, weight, 0.0))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # so that it is traced once, not for each number of tokens
+def _ranked(x: jax.Array, slot: jax.Array, experts: int, top_k: int, norm: bool) -> tuple[jax.Array, jax.Array]:
+    """Of each row the expert of rank `slot`, and its weight."""
+    best, kept, _ = find_best(x, experts, top_k)
+    expert, weight = best[0], kept[0]
+    for k in range(1, top_k):
+        here = slot == k
+        expert, weight = jnp.where(here, best[k], expert), jnp.where(here, kept[k], weight)
+    return expert, weight / functools.reduce(jnp.add, kept) if norm else weight
 
 
 def down(
@@ -228,9 +236,6 @@ def down(
     Returns:
       [T, D'] in h.dtype, zero where a token has no expert.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     tokens, top_k = live.shape
     s = _statics(
         w,
@@ -245,14 +250,16 @@ def down(
     )
     named = {"live": live.reshape(-1), "weights": weights.reshape(-1), "x": h, **_arrays(w, layer)}
     given = {name: array for name, array in named.items() if array is not None}
-    return pl.pallas_call(
+    return call(
         functools.partial(_down_kernel, s, tuple(given)),
-        out_shape=jax.ShapeDtypeStruct((tokens, s.columns), h.dtype),
-        grid=(tokens, s.columns // cut.n),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        list(given.values()),
+        jax.ShapeDtypeStruct((tokens, s.columns), h.dtype),
+        (tokens, s.columns // cut.n),
+        "gptq_down_few",
+        warps=cut.warps,
+        stages=cut.stages,
         interpret=interpret,
-        name="gptq_down_few",
-    )(*given.values())
+    )
 
 
 def _down_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
@@ -265,7 +272,7 @@ def _down_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     first = pl.multiple_of(pl.program_id(1) * s.cut.n, s.cut.n)
 
     def member(segment: jax.Array) -> tuple[jax.Array, jax.Array]:
-        slot = segment // s.cut.splits
+        slot = lax.div(segment, s.cut.splits)
         return token * s.top_k + slot, slot < s.top_k
 
     def alive(segment: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -274,7 +281,7 @@ def _down_kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
         real = (expert >= 0) & (expert < s.num_experts)
         return pair, jnp.where(real, expert, 0), real
 
-    segment = jnp.arange(s.segments * s.cut.n, dtype=jnp.int32) // s.cut.n
+    segment = lax.div(jnp.arange(s.segments * s.cut.n, dtype=jnp.int32), s.cut.n)
     pair, valid = member(segment)
     weight = plgpu.load(r["weights"].at[pair], mask=valid, other=0.0)
     _, experts, real = alive(segment)
@@ -288,10 +295,11 @@ def _layer(s: _Statics, r: dict[str, Any]) -> tuple[Any, ...]:
     return (r["layer"][0],) if s.layered else ()
 
 
+@functools.partial(jax.jit, static_argnums=0)  # so that it is traced once for gate and up
 def _added(s: _Statics, total: jax.Array, weight: jax.Array | None) -> jax.Array:
     """float32 [n]: of [segments * n, width] each segment's own column, weighted, summed over segments."""
     rows, width = total.shape
-    own = jnp.arange(rows, dtype=jnp.int32)[:, None] // s.cut.n == jnp.arange(width, dtype=jnp.int32)[None, :]
+    own = lax.div(jnp.arange(rows, dtype=jnp.int32), s.cut.n)[:, None] == jnp.arange(width, dtype=jnp.int32)[None, :]
     y = jnp.sum(jnp.where(own, total, 0.0), axis=1)
     if weight is not None:
         y = y * weight
@@ -326,7 +334,7 @@ def _sums(
     run, rows, width = planes * PLANE, s.segments * cut.n, max(LEAST_ROWS, power(s.segments))
     each = s.blocks // cut.splits  # blocks of a segment
     row = jnp.arange(rows, dtype=jnp.int32)
-    block0 = row // cut.n % cut.splits * each
+    block0, output = lax.rem(lax.div(row, cut.n), cut.splits) * each, first + lax.rem(row, cut.n)
     span = span_of(s.bits, s.group, s.groups)
     wide = span if cut.merge else 1
 
@@ -335,20 +343,20 @@ def _sums(
     filled = column < s.segments
     from_row, filled = (found, filled) if not isinstance(found, tuple) else (found[0], filled & found[2])
     from_row = jnp.where(filled, from_row, 0)
-    input0 = column % cut.splits * each * run
+    input0 = lax.rem(column, cut.splits) * (each * run)
 
     lead = tuple(jnp.broadcast_to(index, (rows,)) for index in layer)
 
     def words(b: Any, start: int) -> jax.Array:
         lane = jnp.arange(PLANE, dtype=jnp.int32)[None, :]
-        at = (*lead, experts, block0 + b, start + first + row % cut.n)
+        at = (*lead, experts, block0 + b, start + output)
         at = jnp.broadcast_arrays(*(index[:, None] for index in at), lane)
         mask = None if real is None else jnp.broadcast_to(real[:, None], (rows, PLANE))
         return plgpu.load(r["words"].at[tuple(at)], mask=mask, other=None if mask is None else 0)
 
     def per_group(ref: Any, b: Any, j: int, start: int) -> jax.Array:
-        group = lax.min(((block0 + b) * run + j * PLANE) // s.group, s.groups - 1)
-        at = (*lead, experts, group if s.groups > 1 else jnp.zeros_like(group), start + first + row % cut.n)
+        group = group_of(block0 + b, j, s.bits, s.group, s.groups) if s.groups > 1 else jnp.zeros_like(block0)
+        at = (*lead, experts, group, start + output)
         return plgpu.load(ref.at[at], mask=real, other=None if real is None else 0)
 
     def inputs(b: Any) -> list[jax.Array]:

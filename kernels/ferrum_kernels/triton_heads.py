@@ -80,7 +80,7 @@ class Place(NamedTuple):
 def place(s: Statics, r: Refs, head: Any, first: Any) -> Place:
     """Tokens from `first` on, and the query heads of a key head."""
     place = jnp.arange(s.width, dtype=jnp.int32)
-    token, member = first + place // s.padded_group, place % s.padded_group
+    token, member = first + lax.div(place, s.padded_group), lax.rem(place, s.padded_group)
     alive = (member < s.group) & (place < s.padded_group * s.cut.queries) & (token < r["q"].shape[1])
     return Place(token, head * s.group + member, alive)
 

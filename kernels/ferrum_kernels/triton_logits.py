@@ -5,12 +5,15 @@ How a row is cut up depends on the vocabulary alone, so it gets the same sums in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from ferrum_kernels.triton_call import call
 
 GROUP = 64  # tokens
 TILE = 4096  # tokens of a program
@@ -33,21 +36,14 @@ def call_kernel(
 ) -> dict[str, jax.Array]:
     """Run kernel(interpret, inputs, outputs, *program ids); gives its outputs."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     def run(*refs: Any) -> None:
         r = dict(zip(given, refs, strict=False))
         o = dict(zip(out, refs[len(given) :], strict=True))
         kernel(interpret, r, o, *(pl.program_id(i) for i in range(len(grid))))
 
-    results = pl.pallas_call(
-        run,
-        out_shape=tuple(out.values()),
-        grid=grid,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name=name,
-    )(*given.values())
+    shapes = tuple(out.values())
+    results = call(run, list(given.values()), shapes, grid, name, warps=warps, interpret=interpret)
     return dict(zip(out, results, strict=True))
 
 
@@ -82,20 +78,24 @@ def float_of(order: jax.Array) -> jax.Array:
 def tokens(interpret: bool, r: Refs, row: Any, token: jax.Array, low: Any) -> jax.Array:
     """The logits of some token ids, scaled; -inf in groups with nothing from `low` on."""
     vocab, groups = r["logits"].shape[1], r["best"].shape[1]
-    best = read(r["best"], row, token // GROUP, token // GROUP < groups, -jnp.inf, interpret)
+    group = lax.div(token, GROUP)
+    best = read(r["best"], row, group, group < groups, -jnp.inf, interpret)
     return read(r["logits"], row, token, (token < vocab) & (best >= low), -jnp.inf, interpret) * r["scale"][row]
 
 
-def parts(interpret: bool, r: Refs, row: Any, tile: Any, low: Any) -> list[tuple[Any, Any]]:
-    """(first token, whether there is one from `low` on) of each part of a tile."""
+def over_parts(interpret: bool, r: Refs, row: Any, tile: Any, low: Any, f: Callable[[Any, Any], Any], init: Any) -> Any:
+    """The last of f(first token, carry) over the parts of a tile that have a token from `low` on."""
     size = part_size(interpret)
     lane = jnp.arange(TILE // GROUP, dtype=jnp.int32)
     group = tile * (TILE // GROUP) + lane
     best = read(r["best"], row, group, group < r["best"].shape[1], -jnp.inf, interpret)
-    return [
-        (tile * TILE + i * size, jnp.max(jnp.where(lane // (size // GROUP) == i, best, -jnp.inf)) >= low)
-        for i in range(TILE // size)
-    ]
+    part = lax.div(lane, size // GROUP)
+
+    def one(i: Any, carry: Any) -> Any:
+        some = jnp.max(jnp.where(part == i, best, -jnp.inf)) >= low
+        return lax.cond(some, lambda: f(tile * TILE + i * size, carry), lambda: carry)
+
+    return lax.fori_loop(0, TILE // size, one, init)
 
 
 def part_size(interpret: bool) -> int:

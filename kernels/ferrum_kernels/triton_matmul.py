@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_decode import multiply_block, span_of
+from ferrum_kernels.triton_call import call
+from ferrum_kernels.triton_decode import group_of, multiply_block, span_of
 from ferrum_kernels.triton_route import power
 
 LEAST_ROWS = 8  # of a matrix instruction's right operand, as this backend builds it
@@ -99,9 +100,6 @@ def product(
     Returns:
       [out_rows, N'] or [out_rows, N / 2]; rows that no block has are not written.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     columns = w.n_per_expert // 2 if gated else w.words.shape[-2]
     layered = layer is not None
     index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
@@ -134,15 +132,16 @@ def product(
         fill=fill,
         interpret=interpret,
     )
-    call = pl.pallas_call(
+    return call(
         functools.partial(_kernel, statics, tuple(given)),
-        out_shape=jax.ShapeDtypeStruct((out_rows, columns), out_dtype),
-        grid=(columns // tile.n, blocks),
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        list(given.values()),
+        jax.ShapeDtypeStruct((out_rows, columns), out_dtype),
+        (columns // tile.n, blocks),
+        "gptq_gated" if gated else "gptq_product",
+        warps=tile.warps,
+        stages=tile.stages,
         interpret=interpret,
-        name="gptq_gated" if gated else "gptq_product",
     )
-    return call(*given.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,17 +170,18 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     tile, rows = s.tile, s.rows
     first, block = pl.multiple_of(pl.program_id(0) * tile.n, tile.n), pl.program_id(1)
     lanes = jnp.arange(s.width, dtype=jnp.int32)
-    expert = r["experts"][block // rows.share] if "experts" in r else None
-    inside = (block % rows.share) * rows.block
+    whole, part = lax.div(block, rows.share), lax.rem(block, rows.share)
+    expert = r["experts"][whole] if "experts" in r else None
+    inside = part * rows.block
     if "counts" in r:
-        start, count = r["starts"][block // rows.share] + inside, r["counts"][block // rows.share] - inside
+        start, count = r["starts"][whole] + inside, r["counts"][whole] - inside
     else:
         start = block * rows.block
         count = out.shape[-2] - start
     alive = lanes < lax.min(count, rows.block)
     places = jnp.where(alive, start + lanes, start)
     pairs = plgpu.load(r["order"].at[places], mask=alive, other=0) if "order" in r else places
-    sources = places if rows.pairs_per_row == 0 else pairs // rows.pairs_per_row
+    sources = places if rows.pairs_per_row == 0 else lax.div(pairs, rows.pairs_per_row)
     # The interpreter writes what a mask hides as well, so rows that are not there point past the end.
     targets = jnp.where(alive, pairs if rows.by_pair else places, out.shape[-2])
     cols = first + jnp.arange(tile.n, dtype=jnp.int32)
@@ -241,7 +241,7 @@ def _sums(
         """The group of each run of planes in a block."""
         if s.groups == 1:
             return [0] * (planes // span)
-        return [lax.min((b * run + j * PLANE) // s.group, s.groups - 1) for j in range(0, planes, span)]
+        return [group_of(b, j, s.bits, s.group, s.groups) for j in range(0, planes, span)]
 
     def scales(b: Any, at: Any) -> list[jax.Array]:
         return [] if s.groups == 1 else [columns(r["scales"], group, at) for group in groups_of(b)]

@@ -16,7 +16,11 @@ def gumbel(keys: Any, row: Any, counter: jax.Array) -> jax.Array:
 
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
     """
-    high, low = keys[row, 0], keys[row, 1]
+    return _noise(keys[row, 0], keys[row, 1], counter)
+
+
+@jax.jit  # so that it is traced once, not in every kernel
+def _noise(high: jax.Array, low: jax.Array, counter: jax.Array) -> jax.Array:
     schedule = high, low, high ^ low ^ np.uint32(0x1BD11BDA)
     a, b = jnp.zeros(counter.shape, jnp.uint32) + high, counter.astype(jnp.uint32) + low
     for i in range(5):

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.tiles import PLANE, TiledLinear
-from ferrum_kernels.triton_decode import multiply_block, span_of
+from ferrum_kernels.triton_call import call
+from ferrum_kernels.triton_decode import group_of, multiply_block, span_of
 from ferrum_kernels.triton_matmul import LEAST_ROWS
 from ferrum_kernels.triton_route import power
 
@@ -101,9 +102,6 @@ def product(x: jax.Array, w: TiledLinear, layer: Any, cut: Cut, out_dtype: Any, 
     Returns:
       [M, N']; with more than one part [parts, M, N'], to be added up.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
-
     columns, tokens = w.words.shape[-2], x.shape[0]
     s = _Statics(cut, tokens, w.bits, w.group_size, w.num_groups, w.num_blocks, interpret)
     stacks = {"words": w.words, "scales": w.scales, "zeros": w.zeros}
@@ -111,14 +109,16 @@ def product(x: jax.Array, w: TiledLinear, layer: Any, cut: Cut, out_dtype: Any, 
         stacks = {name: None if array is None else array[None] for name, array in stacks.items()}
     index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
     given = {name: array for name, array in {"layer": index, "x": x, **stacks}.items() if array is not None}
-    y = pl.pallas_call(
+    y = call(
         functools.partial(_kernel, s, tuple(given)),
-        out_shape=jax.ShapeDtypeStruct((cut.parts, tokens, columns), out_dtype),
-        grid=(columns // cut.n, cut.parts, -(-tokens // (cut.rows or power(tokens)))),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        list(given.values()),
+        jax.ShapeDtypeStruct((cut.parts, tokens, columns), out_dtype),
+        (columns // cut.n, cut.parts, -(-tokens // (cut.rows or power(tokens)))),
+        "gptq_rows",
+        warps=cut.warps,
+        stages=cut.stages,
         interpret=interpret,
-        name="gptq_rows",
-    )(*given.values())
+    )
     return y[0] if cut.parts == 1 else y
 
 
@@ -136,19 +136,21 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     if whole % cut.parts == 0:
         begin, turns = part * (whole // cut.parts), whole // cut.parts
     else:
-        begin = part * whole // cut.parts
-        turns = (part + 1) * whole // cut.parts - begin
+        begin = lax.div(part * whole, cut.parts)
+        turns = lax.div((part + 1) * whole, cut.parts) - begin
     each = turns * cut.step  # blocks of a segment
     row, column = jnp.arange(rows, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
     first = pl.multiple_of(pl.program_id(0) * cut.n, cut.n)
     start = begin * (cut.splits * cut.step)
     if cut.splits == 1:
-        block0, output = start, first + row
-        token, input0 = row0 + column, jnp.broadcast_to(start * run, (width,))
+        block0, output, nth = start, first + row, column
+        input0 = jnp.broadcast_to(start * run, (width,))
     else:
-        block0, output = start + row // cut.n * each, first + row % cut.n
-        token, input0 = row0 + column // cut.splits, (start + column % cut.splits * each) * run
-    alive = (column // cut.splits < tokens) & (token < s.tokens)
+        block0, output = start + lax.div(row, cut.n) * each, first + lax.rem(row, cut.n)
+        nth, segment = lax.div(column, cut.splits), lax.rem(column, cut.splits)
+        input0 = (start + segment * each) * run
+    token = row0 + nth
+    alive = (nth < tokens) & (token < s.tokens)
     source = jnp.where(alive, token, 0)
     span = span_of(s.bits, s.group, s.groups)
     wide = span if cut.merge else 1
@@ -161,7 +163,7 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
         return plgpu.load(r["words"].at[tuple(at)])
 
     def per_group(ref: Any, b: Any, j: int) -> jax.Array:
-        group = lax.min(((block0 + b) * run + j * PLANE) // s.group, s.groups - 1) if s.groups > 1 else 0 * block0
+        group = group_of(block0 + b, j, s.bits, s.group, s.groups) if s.groups > 1 else 0 * block0
         return plgpu.load(ref.at[tuple(jnp.broadcast_arrays(layer, group, output))])
 
     def scales(b: Any) -> list[jax.Array]:
@@ -190,7 +192,7 @@ def _kernel(s: _Statics, names: tuple[str, ...], *refs: Any) -> None:
     if s.groups == 1:
         total = total * per_group(r["scales"], 0, 0).astype(jnp.float32)[:, None]
     if cut.splits > 1:
-        own = (row // cut.n)[:, None] == (column % cut.splits)[None, :]
+        own = lax.div(row, cut.n)[:, None] == lax.rem(column, cut.splits)[None, :]
         total = jnp.sum(jnp.where(own, total, 0.0).reshape(cut.splits, cut.n, width), axis=0)
         total = jnp.sum(total.reshape(cut.n, width // cut.splits, cut.splits), axis=2)
     to = jnp.arange(width // cut.splits, dtype=jnp.int32)
