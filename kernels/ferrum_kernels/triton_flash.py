@@ -228,7 +228,7 @@ def floats(s: Statics, x: jax.Array, shift: float = 0.0) -> tuple[jax.Array, ...
     def strip(byte: int) -> jax.Array:
         """A byte of each of two words: 0x6400 | code + 128 is 1024 + code + 128 in float16."""
         pair, half = ("0x5140", "0x7362")[byte // 2], ("0x4140", "0x4342")[byte % 2]
-        # Grids of two axes have no third: %ctaid.z is zero, which the compiler does not know. As a plain constant 0x64..
+        # Grids of two axes have no third: %ctaid.z is zero, which the compiler does not know. A plain 0x64..
         # would sit in the instruction, and the selector be moved to a register each time.
         asm = (
             f"{{ .reg .b32 t, c; mov.u32 c, %ctaid.z; or.b32 c, c, 0x64646464; "
