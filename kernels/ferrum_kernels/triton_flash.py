@@ -228,7 +228,7 @@ def floats(s: Statics, x: jax.Array, shift: float = 0.0) -> tuple[jax.Array, ...
     def strip(byte: int) -> jax.Array:
         """A byte of each of two words: 0x6400 | code + 128 is 1024 + code + 128 in float16."""
         pair, half = ("0x5140", "0x7362")[byte // 2], ("0x4140", "0x4342")[byte % 2]
-        # Grids of two axes have no third: %ctaid.z is zero, which the compiler does not know. A plain 0x64..
+        # Grids of two axes have no third: %ctaid.z is zero, which the compiler does not know. As a plain constant, 0x64
         # would sit in the instruction, and the selector be moved to a register each time.
         asm = (
             f"{{ .reg .b32 t, c; mov.u32 c, %ctaid.z; or.b32 c, c, 0x64646464; "
@@ -324,7 +324,8 @@ def sweep(
     layer, tile = r["layer"][0], s.cut.tile
     lane = jnp.arange(s.strip, dtype=jnp.int32)[None, :]
     scale = 1.0 if s.codes else s.unit  # of codes, q has the unit in it
-    shift = SHIFT if s.codes and s.cut.queries == 1 else 0.0
+    # What keys are too large by, times the sum of a query, is where its scores begin: no more than a zero would cost.
+    shift = SHIFT if s.codes and not s.woven else 0.0
     shifted = []
     if shift:
         sums = functools.reduce(jnp.add, [jnp.sum(x.astype(jnp.float32), axis=1) for x in q])
@@ -343,8 +344,8 @@ def sweep(
         # always numbers: tiles that lie whole in the cache are read whole.
         mask = None if visible is None or (s.codes and s.block == tile) else alive[:, None]
 
-        def held(name: str, shift: float = 0.0) -> tuple[jax.Array, ...]:
-            return floats(s, read(r[name], (layer, column, slot[:, None], head, lane), mask), shift)
+        def held(name: str, larger: float = 0.0) -> tuple[jax.Array, ...]:
+            return floats(s, read(r[name], (layer, column, slot[:, None], head, lane), mask), larger)
 
         parts = [product(*x, (1, 1), s.interpret) for x in zip(weave(s, q), held("keys", shift), strict=True)]
         scores = functools.reduce(jnp.add, shifted + parts)
