@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_route import power
 
 FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
@@ -50,21 +51,14 @@ def add_norm(
     Returns:
       (sum, norm), both [T, D] in x.dtype.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     tokens, d = x.shape
     stack, index = _stack(weight, layer, 1)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return pl.pallas_call(
-        functools.partial(_norm_kernel, d, eps, interpret),
-        out_shape=(out, out),
-        grid=(tokens,),
-        # Of parts a thread has so few numbers that their loads are all under way at once.
-        compiler_params=plgpu.CompilerParams(num_warps=4 if d <= 1024 else 8 if y.ndim == 2 else 16, num_stages=1),
-        interpret=interpret,
-        name="add_norm",
-    )(x, y, stack, index)
+    # Of parts a thread has so few numbers that their loads are all under way at once.
+    warps = 4 if d <= 1024 else 8 if y.ndim == 2 else 16
+    kernel = functools.partial(_norm_kernel, d, eps, interpret)
+    return call(kernel, (x, y, stack, index), (out, out), (tokens,), "add_norm", warps=warps, interpret=interpret)
 
 
 def _norm_kernel(
@@ -98,22 +92,21 @@ def add_norm_route(
     if x.shape[0] > FEW:
         total, norm = add_norm(x, y, weight, layer, eps, interpret)
         return total, norm, *_route(norm, router, layer, interpret)
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     tokens, d = x.shape
     experts = router.shape[-2]
     weights, index = _stack(weight, layer, 1)
     routers, _ = _stack(router, layer, 2)
     stream = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return pl.pallas_call(
+    return call(
         functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
-        out_shape=(stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32), COUNTER),
-        grid=(-(-experts // COLUMNS),),
-        compiler_params=plgpu.CompilerParams(num_warps=_few_warps(d), num_stages=1),
+        (x, y, weights, routers, index),
+        (stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32), COUNTER),
+        (-(-experts // COLUMNS),),
+        "add_norm_route",
+        warps=_few_warps(d),
         interpret=interpret,
-        name="add_norm_route",
-    )(x, y, weights, routers, index)
+    )
 
 
 def _few_warps(d: int) -> int:
@@ -162,20 +155,20 @@ def _router_cut(tokens: int) -> tuple[int, int]:
 
 def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """float32 x [T, D] @ router.T on the matrix units; not XLA's product, which would make the router float32 first."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     tokens, experts = x.shape[0], router.shape[-2]
     routers, index = _stack(router, layer, 2)
     size, parts = _router_cut(tokens)
-    logits, arrived = pl.pallas_call(
+    logits, arrived = call(
         functools.partial(_route_kernel, size, interpret),
-        out_shape=(jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32), COUNTER),
-        grid=(-(-experts // size), -(-tokens // size), parts),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        (x, routers, index),
+        (jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32), COUNTER),
+        (-(-experts // size), -(-tokens // size), parts),
+        "router",
+        warps=4,
+        stages=4,
         interpret=interpret,
-        name="router",
-    )(x, routers, index)
+    )
     return (logits[0] if parts == 1 else logits), arrived
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_route import Statics, choose, chunk, chunks, power, route
 
 FEW = 64  # tokens up to which one kernel routes and places
@@ -41,18 +42,17 @@ def place(
       int32 [P] pairs in order of place (those of nobody's pairs are not written); int32 [blocks] expert, first place
       and number of places of each block.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     tokens = live.shape[0]
-    return pl.pallas_call(
+    return call(
         functools.partial(_place_kernel, experts, sizes),
-        out_shape=_shapes(live.size, blocks),
-        grid=(chunks(tokens) + 1,),
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(tokens), num_stages=1),
+        (live, counts),
+        _shapes(live.size, blocks),
+        (chunks(tokens) + 1,),
+        "place",
+        warps=_warps(tokens),
         interpret=interpret,
-        name="place",
-    )(live, counts)
+    )
 
 
 def _warps(tokens: int) -> int:
@@ -221,8 +221,6 @@ def _in_one(
     blocks: int,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     tokens, experts = logits.shape[-2:]
     s = Statics(experts, max(16, power(experts)), top_k, norm, ROWS, mask is not None)
@@ -236,15 +234,16 @@ def _in_one(
         # Which of a program's tokens go to an expert, as bits; where that expert's pairs of theirs begin.
         *(jax.ShapeDtypeStruct((programs, s.lanes), jnp.int32) for _ in range(2)),
     )
-    found = pl.pallas_call(
+    found = call(
         functools.partial(_both_kernel, s, sizes, interpret),
-        out_shape=out,
-        grid=(programs,),
-        input_output_aliases={len(given) - 1: len(out) - 3},
-        compiler_params=plgpu.CompilerParams(num_warps=ROWS, num_stages=1),
+        given,
+        out,
+        (programs,),
+        "route_place",
+        warps=ROWS,
+        aliases={len(given) - 1: len(out) - 3},
         interpret=interpret,
-        name="route_place",
-    )(*given)
+    )
     return tuple(found[:-2])
 
 

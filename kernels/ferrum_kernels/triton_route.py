@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.triton_call import call
+
 PROGRAMS = 128  # chunks that are enough to keep a GPU busy
 
 
@@ -69,26 +71,22 @@ def route(
       experts int32 [T, K] best first with ties to the smaller index; float32 weights [T, K], NaN where a logit is NaN
       or +inf; int32 [T, K], the same experts but E where a token is masked; int32 [chunks, E'] counts of those.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as plgpu
 
     tokens, experts = logits.shape[-2:]
     s = Statics(experts, max(16, power(experts)), top_k, norm, chunk(tokens), mask is not None)
     pair = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
     given = (logits,) if mask is None else (logits, mask.astype(jnp.int32))
-    return pl.pallas_call(
+    weights = jax.ShapeDtypeStruct((tokens, top_k), jnp.float32)
+    counts = jax.ShapeDtypeStruct((chunks(tokens), s.lanes), jnp.int32)
+    return call(
         functools.partial(_route_kernel, s),
-        out_shape=(
-            pair,
-            jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
-            pair,
-            jax.ShapeDtypeStruct((chunks(tokens), s.lanes), jnp.int32),
-        ),
-        grid=(chunks(tokens),),
-        compiler_params=plgpu.CompilerParams(num_warps=warps(s.rows), num_stages=1),
+        given,
+        (pair, weights, pair, counts),
+        (chunks(tokens),),
+        "route",
+        warps=warps(s.rows),
         interpret=interpret,
-        name="route",
-    )(*given)
+    )
 
 
 def _route_kernel(s: Statics, *refs: Any) -> None:
