@@ -221,7 +221,8 @@ def moe_layer(
       mask: bool [...], False for padding tokens: they are sent to no expert and get zero.
       block: rows per block of the dispatch; None picks one for the number of tokens.
       logits: the router's [..., E], or parts of them, as of `add_norm_route`; None: to be computed.
-      arrived: the counter of `add_norm_route`, with which GPU kernels need one launch less; or None.
+      arrived: the counter, zero, that `add_norm_route` of this layer gave, with which GPU kernels need one launch less;
+        or None.
 
     Returns:
       ([..., D] in x.dtype, Routing with the same leading axes). Differentiable with respect to x and the router.

@@ -13,11 +13,12 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import layers, model
 from ferrum_jax.config import QuantConfig
+from ferrum_jax.params import abstract
 from ferrum_kernels import TiledLinear, is_weight, triton, triton_parts, triton_tiles
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.tiles import tile_all
 from tests.support.tiny import forward, tiny_config
-from tests.support.triton_cases import ignore_deprecation, relative
+from tests.support.triton_cases import ignore_deprecation, lower_for_cuda, relative
 
 pytestmark = [
     ignore_deprecation,
@@ -144,6 +145,17 @@ def test_a_whole_model_equals_the_portable_one(demo, monkeypatch):
         mine = logits(tiled, dataclasses.replace(cfg, implementation="triton"))
     for found, expected in zip(mine, portable, strict=True):
         assert relative(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(48, {"route_place"}), (100, {"route", "place"})])
+def test_a_step_of_few_tokens_routes_and_places_them_by_one_kernel(demo, monkeypatch, rows, kernels):
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    cfg = dataclasses.replace(demo[0], implementation="triton")
+    token, cache = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.eval_shape(lambda: fj.init_cache(cfg, rows, 64))
+    with triton.interpreted(False):
+        params = jax.eval_shape(tile_all, abstract(cfg))
+        text = lower_for_cuda(lambda *given: fj.decode_step(*given, cfg), params, token, cache)
+    assert set(re.findall(r'name = "(route_place|route|place)"', text)) == kernels
 
 
 def attention_of(cfg, dtype=None, page=None, **changes):

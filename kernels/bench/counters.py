@@ -151,13 +151,14 @@ def one_layer(tokens: int, config: Path, routing: str, implementation: str | Non
     x = jnp.asarray(rng.standard_normal((tokens, d)), jnp.bfloat16)
 
     @jax.jit
-    def run(x: jax.Array, logits: jax.Array, stacks: Any) -> jax.Array:
-        return backend(implementation).routed_experts(x, logits, None, cfg.top_k, True, *stacks, 0)[0]
+    def run(x: jax.Array, logits: jax.Array, stacks: Any, arrived: jax.Array) -> jax.Array:
+        return backend(implementation).routed_experts(x, logits, None, cfg.top_k, True, *stacks, 0, arrived)[0]
 
-    jax.block_until_ready(run(x, logits, stacks))
+    arrived = jnp.zeros(1, jnp.int32)
+    jax.block_until_ready(run(x, logits, stacks, arrived))
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuProfilerStart()
-    jax.block_until_ready(run(x, logits, stacks))
+    jax.block_until_ready(run(x, logits, stacks, arrived))
     driver.cuProfilerStop()
 
 

@@ -88,8 +88,10 @@ def ring_cases(
 def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], experts: int) -> list[Case]:
     """The cases whose ring differs from the table's at their load in at most two fields, and those without a ring.
 
-    Where the table has no ring, the next load's counts. Down's lag does not, as nothing reads it.
+    Who multiplies (parts, warpgroups, alone) is one field, as few of its values go together. Where the table has no
+    ring, the next load's counts. Down's lag does not, as nothing reads it.
     """
+    who = ("parts", "warpgroups", "alone")
     rings = [row for row in table if row["up"] is not None]
 
     def is_near(case: Case) -> bool:
@@ -97,8 +99,9 @@ def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], expert
         end = math.inf if rings[-1]["load"] is None else rings[-1]["load"]
         here = rings[serving(rings, "load", min(case.load / experts, end))][name]
         mine = entry_of(ring_of(case))
-        names = mine.keys() - ({"lag"} if name == "down" else set())
-        return sum(mine[field] != here[field] for field in names) <= 2
+        names = mine.keys() - {*who, *(("lag",) if name == "down" else ())}
+        other = any(mine[field] != here[field] for field in who)
+        return other + sum(mine[field] != here[field] for field in names) <= 2
 
     return [case for case in cases if not case.product.startswith("ring_") or not rings or is_near(case)]
 

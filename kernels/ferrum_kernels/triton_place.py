@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_route import Statics, choose, chunk, chunks, power, route
 
@@ -70,7 +71,7 @@ def _place_kernel(experts: int, sizes: tuple[int, ...], live: Any, counts: Any, 
 
     me, (parts, lanes), (tokens, top_k) = pl.program_id(0), counts.shape, live.shape
     lane = jnp.arange(lanes, dtype=jnp.int32)
-    step = min(128, power(parts))
+    step = min(128, power(parts), max(1, 16384 // lanes))  # of many experts a thread would have too many numbers
     token = me * chunk(tokens) + jnp.arange(chunk(tokens), dtype=jnp.int32)
     here = token < tokens
     # Asked for before the counts are waited for.
@@ -203,7 +204,15 @@ def route_and_place(
 
     Returns:
       experts, weights and live of `route`; what `place` returns; and arrived, which is zero again.
+
+    Raises:
+      ShapeError: arrived is no int32 [1].
     """
+    if arrived is not None and (arrived.shape, arrived.dtype) != ((1,), jnp.int32):
+        raise ShapeError(
+            f"arrived is {arrived.dtype}{list(arrived.shape)}; it is int32[1], the zero that add_norm_route of the "
+            f"same layer gives, or None."
+        )
     if arrived is not None and logits.shape[-2] <= FEW:
         chosen, weights, live, *places, arrived = _in_one(logits, mask, arrived, top_k, norm, sizes, blocks, interpret)
         return chosen, weights, live, tuple(places), arrived

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from ferrum_kernels import triton
 from ferrum_kernels.blocks import max_blocks
+from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_place import FEW, place, route_and_place
 from ferrum_kernels.triton_route import chunks
 from tests.support.triton_cases import check_places, ignore_deprecation, normal
@@ -88,6 +91,13 @@ def test_routing_and_places_are_the_same_by_one_kernel(tokens, experts, top_k, s
         np.testing.assert_array_equal(one, other)
     for places in (apart[3], together[3]):
         check_places(places, np.asarray(apart[2]), experts, sizes)
+
+
+@pytest.mark.parametrize(("counter", "found"), [(np.zeros(3, np.int32), "int32[3]"), (np.zeros(1), "float32[1]")])
+def test_a_counter_that_is_none_is_refused(counter, found):
+    text = f"arrived is {found}; it is int32[1], the zero that add_norm_route of the same layer gives, or None."
+    with pytest.raises(ShapeError, match=re.escape(text)):
+        route_and_place(jnp.zeros((2, 4)), None, jnp.asarray(counter), 2, True, (8,), 4, True)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
