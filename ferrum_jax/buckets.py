@@ -217,6 +217,8 @@ def _uncollected() -> Iterator[None]:
 def compile_together(jobs: Iterable[Callable[[], None]], threads: int | None = None) -> None:
     """Compile some programs while the next are traced: XLA takes a thread for each, and tracing is Python.
 
+    While programs are traced no thread of the process looks for garbage.
+
     Args:
       jobs: of `BucketedStep.trace`, best as a generator that traces when it is asked for the next.
       threads: that compile; None means as many as there are processors, at most 16.

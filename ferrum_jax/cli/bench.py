@@ -85,14 +85,16 @@ class Bench(Loading):
         model = load_model(self, self.model) if self.model is not None else synthetic_model(self)
         report, error = self.sweep(model) if self.is_sweep else (self.single(model), None)
         compared = None if old is None else compare(report, old)
-        if self.json:
-            emit(report if compared is None else {**report, "compare": compared})
-        else:
-            print("\n".join(sweep_lines(report)) if self.is_sweep else text_of(report))
-            if compared is not None:
-                print(f"\n{text_of_comparison(compared, str(self.compare))}")
-        if error is not None:
-            raise error
+        try:
+            if self.json:
+                emit(report if compared is None else {**report, "compare": compared})
+            else:
+                print("\n".join(sweep_lines(report)) if self.is_sweep else text_of(report))
+                if compared is not None:
+                    print(f"\n{text_of_comparison(compared, str(self.compare))}")
+        finally:
+            if error is not None:
+                raise error
         return 0
 
     def single(self, model: Model) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Bench(Loading):
             "temperature": self.temperature,
             "ceilings": asdict(ceiling),
             "new_tokens": self.new_tokens,
-            "ended_by": None if ended is None else str(ended) or type(ended).__name__,
+            "ended_by": None if ended is None else (str(ended) or type(ended).__name__).splitlines()[0],
         }
         return report, ended
 

@@ -26,7 +26,9 @@ LEAST = -1e30  # the maximum before anything was seen; finite, so that nothing m
 LOG2_E = math.log2(math.e)
 # With scales of int8 values in them, weights would fall below what float16 holds: they are taken times 2 ** HEADROOM.
 HEADROOM = 8.0
-SHIFT = 1152.0  # by which codes are too large as they become float16 at least cost
+# By which codes are too large as they become float16 at least cost. A score loses float32 roundings of it times the
+# sum of the query: less than the codes' own where channels have either sign.
+SHIFT = 1152.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,9 +146,11 @@ def write(
 
 
 def _scale(most: jax.Array) -> jax.Array:
-    return jnp.where(most == 0.0, 1.0, most / 127.0)
+    """Of heads whose largest magnitude is `most`: NaN where that is not finite, so that whoever sees such a head is."""
+    scale = most / 127.0
+    return jnp.where(most < jnp.inf, jnp.where(scale == 0.0, 1.0, scale), jnp.nan)
 
 
 def _rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / scale to the nearest whole number, halves up."""
-    return jnp.floor(x / scale[:, None] + 0.5)
+    """x / scale to the nearest whole number, halves up; a scale of few bits may be too small for the largest."""
+    return jnp.clip(jnp.floor(x / scale[:, None] + 0.5), -127.0, 127.0)

@@ -30,6 +30,10 @@ CASES = {
     "one alone": Case(start=(33,), count=(1,), heads=3, kv_heads=1),
     "one in pages": Case(**RAGGED, page=16, norms=False, dtype="float16"),
     "one in pages of int8": Case(**RAGGED, page=32, cache="int8", head_dim=64),
+    "one in int8": Case(**{**RAGGED, "capacity": 128}, cache="int8", head_dim=64),
+    "one in int8 with a window, in rows of no whole tiles": Case(
+        **{**RAGGED, "capacity": 101}, cache="int8", head_dim=64, window=9
+    ),
     "one in parts": Case(start=(300, 5, 17, 1000), count=(1, 1, 0, 1), capacity=1024, page=128),
     "one in many parts": Case(start=(0, 700, 17, 1023, 300), count=(1, 1, 0, 1, 1), capacity=1024),
     "one in parts of int8 with a window": Case(**LONG, page=16, cache="int8", window=270, head_dim=64),
@@ -39,6 +43,7 @@ CASES = {
     "many in groups of three": Case(**MANY, heads=6, norms=False),
     "many in pages": Case(**MANY, page=16, window=9),
     "many in pages of int8": Case(**MANY, page=32, cache="int8", head_dim=64, dtype="float16"),
+    "many in large pages of int8": Case(**{**MANY, "capacity": 128}, page=64, cache="int8", head_dim=64),
     "many with a window": Case(start=(200, 0), count=(70, 64), tokens=70, capacity=300, window=150, heads=8),
     "a few, all there is room for": Case(start=(93, 91), count=(3, 3), tokens=3),
 }
@@ -53,6 +58,31 @@ def on_the_cpu():
 @pytest.mark.parametrize("name", CASES)
 def test_attention_equals_plain_numpy(name):
     check(CASES[name], triton_attention.attention)
+
+
+@pytest.mark.parametrize("what", [np.inf, -np.inf, np.nan])
+def test_a_key_that_is_not_finite_makes_nan_of_whoever_sees_its_codes(what):
+    """Also of queries whose sum is not exactly what the keys' shift takes back."""
+    case = Case(start=(10, 10), count=(1, 1), cache="int8", head_dim=128, norms=False)
+    args, _ = build(case)
+    args["k"] = args["k"].at[0, 0, 3].set(what)
+    _, pools, scales, _ = triton_attention.attention(**args)
+    for seed in range(3):
+        args, _ = build(dataclasses.replace(case, start=(11, 11), seed=seed))
+        uneven = np.exp(2.5 * np.random.default_rng(seed).standard_normal(args["q"].shape))
+        q = (np.asarray(args["q"], np.float32) * uneven).astype(jnp.bfloat16)
+        y, *_ = triton_attention.attention(**{**args, "q": jnp.asarray(q), "pools": pools, "scales": scales})
+        seen = np.isnan(np.asarray(y, np.float32)).reshape(2, case.heads, -1)
+        assert seen[0, :2].all() and not seen[0, 2:].any() and not seen[1].any()
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-38, 1e-40])
+def test_heads_too_small_for_a_scale_are_codes_all_the_same(size):
+    args, _ = build(Case(start=(10,), count=(1,), cache="int8", head_dim=64, norms=False))
+    small = {name: (args[name].astype(jnp.float32) * size).astype(jnp.bfloat16) for name in ("k", "v")}
+    y, (keys, _), _, _ = triton_attention.attention(**{**args, **small})
+    codes = code_words.from_words(keys[1, 0, 10])
+    assert np.isfinite(np.asarray(y, np.float32)).all() and (jnp.abs(codes) <= 127).all()
 
 
 @pytest.mark.parametrize("name", ["one in parts of int8 with a window", "many in pages"])
