@@ -154,7 +154,7 @@ def test_a_step_of_few_tokens_routes_and_places_them_by_one_kernel(demo, monkeyp
     token, cache = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.eval_shape(lambda: fj.init_cache(cfg, rows, 64))
     with triton.interpreted(False):
         params = jax.eval_shape(tile_all, abstract(cfg))
-        text = lower_for_cuda(lambda *given: fj.decode_step(*given, cfg), params, token, cache)
+        text = lower_for_cuda(steps_of(cfg)[1], params, token, cache)
     assert set(re.findall(r'name = "(route_place|route|place)"', text)) == kernels
 
 
