@@ -22,7 +22,7 @@ class Ring:
       stages: groups of inputs in shared memory.
       lag: groups whose gathered rows are under way at a time, fewer than stages; where warps are alone, all of them.
       warpgroups: that multiply: 2, or 4 of one part each, for which up to 32 columns leave registers enough.
-      alone: each warp multiplies on its own, not its warpgroup: up to 32 columns.
+      alone: each warp multiplies up to 32 columns on its own, not with its warpgroup.
     """
 
     columns: tuple[int, ...] = (32, 64, 96, 128)
@@ -72,6 +72,12 @@ class Statics:
         return min(self.ring.lag, self.groups)
 
     @property
+    def shares(self) -> bool:
+        """Whether in a turn of few tiles programs take halves of them, and warpgroups every other group of inputs."""
+        ring = self.ring
+        return ring.alone and ring.parts == ring.warpgroups == 2 and self.groups % 2 == 0
+
+    @property
     def size(self) -> int:
         """Columns of the result of 64 outputs."""
         return RUN if self.gated else 2 * RUN
@@ -116,10 +122,15 @@ class Refs:
     full: Any
     empty: Any
     staging: Any = None
+    sums: Any = None
 
 
 class Work(NamedTuple):
-    """A tile: how many came before it in this program, which of the outputs, and the block."""
+    """A tile: how many came before it in this program, which of the outputs, and the block.
+
+    Of a shared turn a program takes a half, 0 or 1, and each of its warpgroups every other group of inputs for all of
+    it. Where turns are never shared, `shared` and `half` are None.
+    """
 
     turn: Any
     tile: Any
@@ -127,6 +138,8 @@ class Work(NamedTuple):
     expert: Any
     start: Any
     count: Any
+    shared: Any = None
+    half: Any = None
 
 
 def each_tile(s: Statics, refs: Refs, run: Any) -> None:
@@ -134,10 +147,13 @@ def each_tile(s: Statics, refs: Refs, run: Any) -> None:
     blocks = refs.experts.shape[0]
 
     def work_at(turn: Any) -> Work:
-        tile = turn * s.programs + lax.axis_index("program")
+        def is_live(block: Any) -> Any:
+            return (block < blocks) & (refs.counts[lax.min(block, jnp.int32(blocks - 1))] > 0)
+
+        tile, *more = turn_of(s, turn, lax.axis_index("program"), is_live)
         block = lax.min(lax.div(tile, jnp.int32(s.tiles)), jnp.int32(blocks - 1))
         numbers = refs.experts[block], refs.starts[block], refs.counts[block]
-        return Work(turn, tile - block * s.tiles, block, *numbers)
+        return Work(turn, tile - block * s.tiles, block, *numbers, *more)
 
     def body(work: Work) -> Work:
         after = work_at(work.turn + 1)
@@ -145,6 +161,34 @@ def each_tile(s: Statics, refs: Refs, run: Any) -> None:
         return after
 
     lax.while_loop(functools.partial(is_work, s), body, work_at(jnp.int32(0)))
+
+
+def turn_of(s: Statics, turn: Any, program: Any, is_live: Any) -> tuple[Any, Any, Any]:
+    """A program's tile of all in a turn, and where turns may be shared whether this one is and which half it takes.
+
+    Args:
+      s: sizes.
+      turn: of the program, from 0.
+      program: its number.
+      is_live: of the number of a block: whether it has rows, as have those before it.
+
+    Returns:
+      Numbers; the last two are None where turns are never shared.
+    """
+    first = turn * s.programs
+    if not s.shares:
+        return first + program, None, None
+    # In the last turn, when its tiles are at most half as many as programs, the block behind those has no rows.
+    shared = ~is_live(lax.div(first + s.programs // 2, jnp.int32(s.tiles)))
+    return first + jnp.where(shared, program >> 1, program), shared, jnp.where(shared, program & 1, 0)
+
+
+def share_of(work: Work, warpgroup: Any) -> tuple[Any, Any, Any]:
+    """A warpgroup's first group of the work's inputs, every how many it takes, and which outputs of the copied ones."""
+    if work.shared is None:
+        return 0, 1, warpgroup
+    first, every, outputs = ((warpgroup, 0), (2, 1), (0, warpgroup))
+    return tuple(jnp.where(work.shared, *two) for two in (first, every, outputs))
 
 
 def is_work(s: Statics, work: Work) -> Any:
@@ -171,6 +215,12 @@ def first_group(s: Statics, refs: Refs, work: Work) -> Any:
     """Of the tile's expert in the stack."""
     # The layer's first expert is found here: outside, that product would be a launch of its own.
     return (refs.layer[0] * s.experts + work.expert) * s.groups
+
+
+def column_of(s: Statics, work: Work) -> Any:
+    """The first of the work's columns of the result."""
+    column = work.tile * s.width
+    return column if work.half is None else column + work.half * (s.width // 2)
 
 
 def row_of(s: Statics, work: Work) -> Any:

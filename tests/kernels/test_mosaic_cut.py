@@ -1,0 +1,66 @@
+"""Which tiles, halves and groups of inputs the programs of a Mosaic GPU kernel take: each once, whatever the load."""
+
+from __future__ import annotations
+
+import collections
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ferrum_kernels.mosaic_cut import Ring, Statics, Work, share_of, turn_of
+
+ALONE = Ring((8, 32), alone=True)
+
+
+def statics(ring: Ring = ALONE, groups: int = 16, tiles: int = 6, programs: int = 132) -> Statics:
+    """Of gate and up."""
+    return Statics(ring, 8, False, True, 128, groups, tiles * ring.warpgroups * ring.parts * 32, programs)
+
+
+def taken(s: Statics, live: int) -> tuple[collections.Counter, list[bool]]:
+    """How often each half of a live block's tile is taken, and of each turn with work whether it is shared."""
+    program, found, turns = jnp.arange(s.programs), collections.Counter(), []
+    while True:
+        tile, shared, half = turn_of(s, jnp.int32(len(turns)), program, lambda block: block < live)
+        tile = np.asarray(tile)
+        work = tile < live * s.tiles
+        if not work.any():
+            return found, turns
+        turns.append(bool(shared))
+        halves = (0, 1) if half is None or not shared else (np.asarray(half)[work],)
+        for which in halves:
+            found.update(zip(tile[work].tolist(), np.broadcast_to(which, work.sum()).tolist(), strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 300), st.integers(1, 12), st.integers(1, 150), st.booleans())
+def test_each_half_of_a_tile_is_taken_once_and_only_a_last_turn_of_few_tiles_is_shared(live, tiles, programs, alone):
+    s = statics(Ring((8, 32), alone=alone), tiles=tiles, programs=programs)
+    found, turns = taken(s, live)
+    assert found == dict.fromkeys(((tile, half) for tile in range(live * tiles) for half in (0, 1)), 1)
+    assert not any(turns[:-1])
+    left = live * tiles - (len(turns) - 1) * programs
+    if turns:
+        assert turns[-1] is (alone and 2 * left <= programs)
+
+
+@pytest.mark.parametrize("shared", [True, False, None])
+@pytest.mark.parametrize("groups", [6, 16])
+def test_warpgroups_take_each_group_of_each_output_once(groups, shared):
+    shared = None if shared is None else jnp.asarray(shared)
+    work = Work(*[jnp.int32(0)] * 6, shared, None if shared is None else jnp.int32(0))
+    found = collections.Counter()
+    for warpgroup in range(2):
+        first, every, outputs = map(int, share_of(work, jnp.int32(warpgroup)))
+        found.update((outputs, group) for group in range(first, groups, every))
+    assert found == dict.fromkeys(((o, group) for o in range(1 if shared else 2) for group in range(groups)), 1)
+
+
+def test_rings_of_other_shapes_and_an_odd_number_of_groups_are_not_shared():
+    assert statics().shares
+    assert not statics(groups=7).shares
+    assert not statics(Ring()).shares
+    assert not statics(Ring((8,), parts=1, warpgroups=4, alone=True)).shares
