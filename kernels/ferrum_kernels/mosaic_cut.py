@@ -187,8 +187,8 @@ def share_of(work: Work, warpgroup: Any) -> tuple[Any, Any, Any]:
     """A warpgroup's first group of the work's inputs, every how many it takes, and which outputs of the copied ones."""
     if work.shared is None:
         return 0, 1, warpgroup
-    first, every, outputs = ((warpgroup, 0), (2, 1), (0, warpgroup))
-    return tuple(jnp.where(work.shared, *two) for two in (first, every, outputs))
+    shared = work.shared
+    return jnp.where(shared, warpgroup, 0), jnp.where(shared, 2, 1), jnp.where(shared, 0, warpgroup)
 
 
 def is_work(s: Statics, work: Work) -> Any:

@@ -50,13 +50,14 @@ def test_each_half_of_a_tile_is_taken_once_and_only_a_last_turn_of_few_tiles_is_
 @pytest.mark.parametrize("shared", [True, False, None])
 @pytest.mark.parametrize("groups", [6, 16])
 def test_warpgroups_take_each_group_of_each_output_once(groups, shared):
-    shared = None if shared is None else jnp.asarray(shared)
-    work = Work(*[jnp.int32(0)] * 6, shared, None if shared is None else jnp.int32(0))
+    zero = jnp.int32(0)
+    work = Work(zero, zero, zero, zero, zero, zero, *(() if shared is None else (jnp.asarray(shared), zero)))
     found = collections.Counter()
     for warpgroup in range(2):
         first, every, outputs = map(int, share_of(work, jnp.int32(warpgroup)))
         found.update((outputs, group) for group in range(first, groups, every))
-    assert found == dict.fromkeys(((o, group) for o in range(1 if shared else 2) for group in range(groups)), 1)
+    outputs = (0,) if shared else (0, 1)
+    assert found == dict.fromkeys(((each, group) for each in outputs for group in range(groups)), 1)
 
 
 def test_rings_of_other_shapes_and_an_odd_number_of_groups_are_not_shared():
