@@ -21,7 +21,7 @@ LOADS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
 COLUMNS = (
     *((8,), (16,), (24,), (32,), (48,), (64,), (8, 16), (8, 24), (8, 32), (16, 32), (32, 64), (64, 96), (32, 128)),
     *((64, 128), (8, 16, 32), (16, 24, 32), (16, 32, 48), (32, 64, 96), (32, 64, 128)),
-    *((8, 16, 24, 32), (8, 16, 32, 64), (16, 32, 48, 64), (32, 64, 96, 128)),
+    *((8, 16, 24, 32), (16, 32, 48, 64), (32, 64, 96, 128)),
 )
 SHAPES = ((1, 2), (2, 2), (1, 4))  # parts and warpgroups
 FLIGHTS = ((4, 2), (5, 2), (6, 2), (6, 3), (8, 3), (8, 4))  # stages and lag
@@ -29,7 +29,7 @@ NO_LAG = 2  # of down, which gathers nothing
 ALONE = ((3, 0), (4, 0), (5, 0), (6, 0))  # of warps that multiply alone, which a lag of 0 stands for; 2 parts of 2
 ALIKE = 1.02  # times that count as equal
 MOST_COLUMNS = {2: 128, 4: 32}  # that registers hold, by warpgroups
-MOST_ALONE = 64
+MOST_ALONE = 32
 SHARED_MEMORY = 227 * 1024  # bytes that a program of a Hopper GPU may use
 BARRIERS = 1024  # bytes, more than enough
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -128,8 +129,7 @@ class Refs:
 class Work(NamedTuple):
     """A tile: how many came before it in this program, which of the outputs, and the block.
 
-    Of a shared turn a program takes a half, 0 or 1, and each of its warpgroups every other group of inputs for all of
-    it. Where turns are never shared, `shared` and `half` are None.
+    Of a shared turn a program takes a half, 0 or 1. Where turns are never shared, `shared` and `half` are None.
     """
 
     turn: Any
@@ -146,49 +146,50 @@ def each_tile(s: Statics, refs: Refs, run: Any) -> None:
     """Call run with each Work of this program, and with the tile that would come after it."""
     blocks = refs.experts.shape[0]
 
-    def work_at(turn: Any) -> Work:
-        def is_live(block: Any) -> Any:
-            return (block < blocks) & (refs.counts[lax.min(block, jnp.int32(blocks - 1))] > 0)
+    def is_shared(turn: Any) -> Any:
+        if not s.shares:
+            return None
+        block = behind(s, turn)
+        return (block >= blocks) | (refs.counts[lax.min(block, jnp.int32(blocks - 1))] == 0)
 
-        tile, *more = turn_of(s, turn, lax.axis_index("program"), is_live)
+    def work_at(turn: Any, shared: Any) -> Work:
+        tile, half = tile_of(s, turn, lax.axis_index("program"), shared)
         block = lax.min(lax.div(tile, jnp.int32(s.tiles)), jnp.int32(blocks - 1))
         numbers = refs.experts[block], refs.starts[block], refs.counts[block]
-        return Work(turn, tile - block * s.tiles, block, *numbers, *more)
+        return Work(turn, tile - block * s.tiles, block, *numbers, shared, half)
 
-    def body(work: Work) -> Work:
-        after = work_at(work.turn + 1)
+    # Whether a turn is shared is read a turn ahead, and of the first turn both works are: no read waits for another.
+    def body(carry: tuple[Work, Any]) -> tuple[Work, Any]:
+        work, shared = carry
+        after, later = work_at(work.turn + 1, shared), is_shared(work.turn + 2)
         run(work, after)
-        return after
+        return after, later
 
-    lax.while_loop(functools.partial(is_work, s), body, work_at(jnp.int32(0)))
+    turn, shared = jnp.int32(0), is_shared(jnp.int32(0))
+    work = work_at(turn, shared)
+    if shared is not None:
+        either = work_at(turn, jnp.bool_(True)), work_at(turn, jnp.bool_(False))
+        work = jax.tree.map(functools.partial(jnp.where, shared), *either)
+    lax.while_loop(lambda carry: is_work(s, carry[0]), body, (work, is_shared(turn + 1)))
 
 
-def turn_of(s: Statics, turn: Any, program: Any, is_live: Any) -> tuple[Any, Any, Any]:
-    """A program's tile of all in a turn, and where turns may be shared whether this one is and which half it takes.
+def behind(s: Statics, turn: Any) -> Any:
+    """The block that has rows if a turn is not shared: one behind half as many tiles as there are programs.
 
-    Args:
-      s: sizes.
-      turn: of the program, from 0.
-      program: its number.
-      is_live: of the number of a block: whether it has rows, as have those before it.
-
-    Returns:
-      Numbers; the last two are None where turns are never shared.
+    A turn that is shared is the last: blocks that have rows come first.
     """
-    first = turn * s.programs
-    if not s.shares:
-        return first + program, None, None
-    # In the last turn, when its tiles are at most half as many as programs, the block behind those has no rows.
-    shared = ~is_live(lax.div(first + s.programs // 2, jnp.int32(s.tiles)))
-    return first + jnp.where(shared, program >> 1, program), shared, jnp.where(shared, program & 1, 0)
+    return lax.div(turn * s.programs + s.programs // 2, jnp.int32(s.tiles))
 
 
-def share_of(work: Work, warpgroup: Any) -> tuple[Any, Any, Any]:
-    """A warpgroup's first group of the work's inputs, every how many it takes, and which outputs of the copied ones."""
-    if work.shared is None:
-        return 0, 1, warpgroup
-    shared = work.shared
-    return jnp.where(shared, warpgroup, 0), jnp.where(shared, 2, 1), jnp.where(shared, 0, warpgroup)
+def tile_of(s: Statics, turn: Any, program: Any, shared: Any) -> tuple[Any, Any]:
+    """Of all tiles the one that a program takes in a turn, and which half of it, which is None if shared is.
+
+    The first tiles have the most rows, and a program that had one of those comes last in later turns.
+    """
+    place = jnp.where(turn > 0, s.programs - 1 - program, program)
+    if shared is None:
+        return turn * s.programs + place, None
+    return turn * s.programs + jnp.where(shared, place >> 1, place), jnp.where(shared, place & 1, 0)
 
 
 def is_work(s: Statics, work: Work) -> Any:
@@ -196,12 +197,32 @@ def is_work(s: Statics, work: Work) -> Any:
     return (work.tile < s.tiles) & (work.expert >= 0) & (work.expert < s.experts) & (work.count > 0)
 
 
-def by_columns(s: Statics, count: Any, run: Any) -> None:
-    """Call run with the fewest columns that hold so many rows."""
+def shared_or_not(work: Work, run: Any) -> None:
+    """Call run with whether the work is of a shared turn, as a constant."""
+    from jax.experimental import pallas as pl
+
+    if work.shared is None:
+        run(False)
+    else:
+        pl.when(work.shared)(lambda: run(True))
+        pl.when(~work.shared)(lambda: run(False))
+
+
+def groups_of(shared: bool, warpgroup: Any) -> tuple[Any, int]:
+    """A warpgroup's first group of inputs and every how many it takes: of a shared tile both have the same outputs.
+
+    >>> groups_of(True, 1), groups_of(False, 1)
+    ((1, 2), (0, 1))
+    """
+    return (warpgroup, 2) if shared else (0, 1)
+
+
+def by_columns(s: Statics, count: Any, run: Any, shared: bool = False) -> None:
+    """Call run with the fewest columns that hold so many rows; of a shared turn there are half as many variants."""
     from jax.experimental import pallas as pl
 
     least = 0
-    for columns in s.ring.columns:
+    for columns in s.ring.columns[::-2][::-1] if shared else s.ring.columns:
         pl.when((count > least) & (count <= columns))(functools.partial(run, columns))
         least = columns
 

@@ -2,9 +2,9 @@
 
 A warpgroup's products by wgmma are waited for by all its warps, and so is what they write; alone, with `mma.sync`, a
 warp waits only for the ring, and ptxas may put the products between what decodes. It takes fewer instructions as well,
-which bound the kernel where the memory is fast. But each warp loads all activations, so that rows must be few: a block
-of more than 32 is multiplied by its warpgroups. Where few tiles are left, as with all tokens at a few experts, programs
-take halves of them, and each warpgroup every other group of inputs.
+which bound the kernel where the memory is fast. But each warp loads all activations, so that rows must be few. Where
+few tiles are left, as with all tokens at a few experts, programs take halves of them, and each warpgroup every other
+group of inputs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ferrum_kernels.mosaic_cut import (
     column_of,
     each_tile,
     first_group,
+    groups_of,
     row_of,
-    share_of,
+    shared_or_not,
     slot_of,
 )
 from ferrum_kernels.mosaic_registers import GROUP, RUN, THREADS
 
-MOST_ALONE = 32  # columns that a warp multiplies alone
 AHEAD = 16  # columns of which a group is loaded before the last one is multiplied
 
 
@@ -61,10 +61,10 @@ def _at(s: Statics, step: Any) -> tuple[Any, Any]:
     return slot_of(s, step), lax.div(step, jnp.int32(s.ring.stages)) & 1
 
 
-def _after(s: Statics, slot: Any, odd: Any, steps: Any = 1) -> tuple[Any, Any]:
-    """The slot so many steps on, fewer than there are slots, as `_at`."""
-    round_again = slot + steps >= s.ring.stages
-    return jnp.where(round_again, slot + steps - s.ring.stages, slot + steps), jnp.where(round_again, odd ^ 1, odd)
+def _after(s: Statics, slot: Any, odd: Any, steps: int = 1) -> tuple[Any, Any]:
+    """`_at` so many steps on, fewer than there are slots."""
+    last = slot >= s.ring.stages - steps
+    return jnp.where(last, slot + (steps - s.ring.stages), slot + steps), jnp.where(last, odd ^ 1, odd)
 
 
 def _copy(s: Statics, refs: Refs) -> None:
@@ -78,156 +78,83 @@ def _copy(s: Statics, refs: Refs) -> None:
             sources = pieces.sources(block, s.pairs_per_row, 2 * refs.x.shape[-1])
             where = sources(refs.order, work.start, work.count)
 
-        def copy_group(columns: int, k: Any, at: Any) -> Any:
+        def copy_group(columns: int, parts: int, k: Any, at: Any) -> Any:
             slot, odd, used = at
             pl.when(used)(lambda: _wait(refs.empty, slot, odd ^ 1))
-            x, numbers = (
-                refs.x_ring.at[slot, pl.ds(0, columns)],
-                (slot, first + k, column, work.block * block, k * GROUP),
-            )
-
-            def start(parts: int) -> None:
-                words = [refs.words_ring.at[slot, pl.ds(i * size // 2, size // 2 // parts)] for i in range(s.copied)]
-                scales = [refs.scales_ring.at[slot, pl.ds(i * size, size // parts)] for i in range(s.copied)]
-                to = words, scales, x
-                _start(s, columns, parts)(refs.words, refs.scales, refs.x, *to, refs.full, *numbers)
-
-            if work.shared is None:
-                start(1)
-            else:
-                pl.when(work.shared)(lambda: start(2))
-                pl.when(~work.shared)(lambda: start(1))
+            words = [refs.words_ring.at[slot, pl.ds(i * size // 2, size // 2 // parts)] for i in range(s.copied)]
+            scales = [refs.scales_ring.at[slot, pl.ds(i * size, size // parts)] for i in range(s.copied)]
+            to = words, scales, refs.x_ring.at[slot, pl.ds(0, columns)]
+            numbers = slot, first + k, column, work.block * block, k * GROUP
+            _start(s, columns, parts)(refs.words, refs.scales, refs.x, *to, refs.full, *numbers)
             if s.gathers:
                 pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k, work.count)
                 _tell_when_gathered(refs.full, slot)
             slot, odd = _after(s, slot, odd)
             return slot, odd, used | (slot == 0)
 
-        def copy_groups(columns: int) -> None:
+        def copy_groups(parts: int, columns: int) -> None:
             step = work.turn * s.groups
             at = *_at(s, step), step >= s.ring.stages
-            lax.fori_loop(0, s.groups, functools.partial(copy_group, columns), at)
+            lax.fori_loop(0, s.groups, functools.partial(copy_group, columns, parts), at)
 
-        by_columns(s, work.count, copy_groups)
+        def copy(shared: bool) -> None:
+            by_columns(s, work.count, functools.partial(copy_groups, 2 if shared else 1), shared)
+
+        shared_or_not(work, copy)
 
     each_tile(s, refs, run)
 
 
 def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
-    def multiply_block(work: Work, columns: int) -> None:
-        begin, every, outputs = share_of(work, warpgroup)
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def multiply_block(work: Work, shared: bool, columns: int) -> None:
+        load, multiply, write = warps.load(s, columns), warps.multiply(s, columns), warps.write(s, columns)
+        (begin, every), outputs = groups_of(shared, warpgroup), jnp.int32(0) if shared else warpgroup
+        groups = s.groups // every
+
+        def load_next(slot: Any, odd: Any) -> Any:
+            _wait(refs.full, slot, odd)
+            given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot, outputs)
+            _arrive(refs.empty, slot, every)
+            return _after(s, slot, odd, every), given
+
+        def step(_: Any, carry: Any) -> Any:
+            at, sums = carry
+            at, given = load_next(*at)
+            return at, multiply(sums, given)
+
+        def step_ahead(carry: Any) -> Any:
+            at, given, sums = carry
+            at, after = load_next(*at)
+            return at, after, multiply(sums, given)
+
         rows = warps.targets(columns, s.by_pair)(refs.order, row_of(s, work), work.count)
-        sums = _sums_together if columns > MOST_ALONE else _sums_alone
-        sums = sums(s, refs, work, columns, _at(s, work.turn * s.groups + begin), every, outputs)
-        _write(s, refs, work, warpgroup, columns, rows, sums)
-
-    each_tile(s, refs, lambda work, _: by_columns(s, work.count, functools.partial(multiply_block, work)))
-
-
-def _write(s: Statics, refs: Refs, work: Work, warpgroup: Any, columns: int, rows: Any, sums: list[Any]) -> None:
-    """Each part's outputs from its sums; of a shared tile a warpgroup writes one part."""
-    from jax.experimental import pallas as pl
-
-    write = warps.write(s, columns)
-
-    def write_all() -> None:
+        zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), pieces.layouts()[2])
+        at, sums = _at(s, work.turn * s.groups + begin), [zero] * s.ring.parts
+        if columns > AHEAD:
+            _, sums = lax.fori_loop(0, groups, step, (at, sums))
+        else:
+            turns, rest = divmod(groups - 1, 2)
+            # Two steps a turn: of one, the next group's registers would be moved to where the last one's were.
+            carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), (*load_next(*at), sums))
+            _, given, sums = step_ahead(carry) if rest else carry
+            sums = multiply(sums, given)
+        if shared:
+            total = warps.trade(s, columns)(sums, refs.sums, warpgroup)
+            write(total, rows, refs.out, work.count, column_of(s, work) + warpgroup * s.size)
+            return
         for part, total in enumerate(sums):
             column = work.tile * s.width + (warpgroup * s.ring.parts + part) * s.size
             write(total, rows, refs.out, work.count, column)
 
-    def write_mine() -> None:
-        total = warps.trade(s, columns)(sums, refs.sums, warpgroup)
-        write(total, rows, refs.out, work.count, column_of(s, work) + warpgroup * s.size)
+    def run(work: Work, _: Work) -> None:
+        def multiply(shared: bool) -> None:
+            by_columns(s, work.count, functools.partial(multiply_block, work, shared), shared)
 
-    if work.shared is None:
-        write_all()
-    else:
-        pl.when(work.shared)(write_mine)
-        pl.when(~work.shared)(write_all)
+        shared_or_not(work, multiply)
 
-
-def _sums_alone(s: Statics, refs: Refs, work: Work, columns: int, at: Any, every: Any, outputs: Any) -> list[Any]:
-    """Each part's sums [64, columns] over every so many groups from a slot on, by each warp alone."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    load, multiply = warps.load(s, columns), warps.multiply(s, columns)
-
-    def load_next(slot: Any, odd: Any) -> Any:
-        _wait(refs.full, slot, odd)
-        given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot, outputs)
-        _arrive(refs.empty, slot, every)
-        return _after(s, slot, odd, every), given
-
-    def step(_: Any, carry: Any) -> Any:
-        at, sums = carry
-        at, given = load_next(*at)
-        return at, multiply(sums, given)
-
-    def step_ahead(carry: Any) -> Any:
-        at, given, sums = carry
-        at, after = load_next(*at)
-        return at, after, multiply(sums, given)
-
-    zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), pieces.layouts()[2])
-    sums = [zero] * s.ring.parts
-    if columns > AHEAD:
-        return lax.fori_loop(0, _turns(s, work, lambda n: n), step, (at, sums))[1]
-    turns, rest = _turns(s, work, lambda n: (n - 1) // 2), _turns(s, work, lambda n: (n - 1) % 2)
-    # Two steps a turn: of one, the next group's registers would be moved to where the last one's were.
-    carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), (*load_next(*at), sums))
-    if not isinstance(rest, int):
-        carry = lax.fori_loop(0, rest, lambda _, carry: step_ahead(carry), carry)
-    elif rest:
-        carry = step_ahead(carry)
-    _, given, sums = carry
-    return multiply(sums, given)
-
-
-def _sums_together(s: Statics, refs: Refs, work: Work, columns: int, at: Any, every: Any, outputs: Any) -> list[Any]:
-    """As `_sums_alone`, by a warpgroup together: of many rows the activations are not each warp's to load."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    parts, (_, row_layout, sums_layout, _) = range(s.ring.parts), pieces.layouts()
-    first = [(outputs * s.ring.parts + part) * s.size for part in parts]
-    runs = [[pl.ds(pl.multiple_of(at + more, RUN), RUN) for more in (0, s.other)] for at in first]
-    half = [(outputs * s.ring.parts + part) * (s.size // 2) for part in parts]
-    words = [[pl.ds(pl.multiple_of(at + more, RUN // 2), RUN // 2) for more in (0, s.other // 2)] for at in half]
-    decode, rescale = pieces.decode(), pieces.rescale(columns)
-
-    def load_scale(ref: Any) -> Any:
-        scale = plgpu.load(ref, layout=row_layout, optimized=False)  # pyright: ignore[reportCallIssue]
-        return scale.astype(jnp.float32)
-
-    def step(_: Any, carry: Any) -> Any:
-        (slot, odd), sums = carry
-        _wait(refs.full, slot, odd)
-        pieces.instruction("fence.proxy.async.shared::cta;")  # between the instructions that gathered rows and wgmma
-        new = [[load_scale(refs.scales_ring.at[slot, run]) for run in part] for part in runs]
-
-        def scope(*totals: Any) -> list[Any]:
-            for total, (old, before), after in zip(totals, sums, new, strict=True):
-                total[...] = rescale(old, *before, *after)
-            for total, part in zip(totals, words, strict=True):
-                weights = decode(*(refs.words_ring.at[slot, run] for run in part))
-                plgpu.wgmma(total, weights, refs.x_ring.at[slot, pl.ds(0, columns)].T)
-            return [plgpu.layout_cast(total[...], sums_layout) for total in totals]
-
-        totals = pl.run_scoped(scope, *(plgpu.WGMMAAccumulatorRef((2 * RUN, columns), jnp.float32) for _ in parts))
-        _arrive(refs.empty, slot, every)
-        return _after(s, slot, odd, every), list(zip(totals, new, strict=True))
-
-    zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), sums_layout)
-    one = plgpu.layout_cast(jnp.ones((RUN,), jnp.float32), row_layout)
-    carry = at, [(zero, [one, one]) for _ in parts]
-    _, sums = lax.fori_loop(0, _turns(s, work, lambda n: n), step, carry)
-    return [rescale(total, *scales, one, one) for total, scales in sums]
-
-
-def _turns(s: Statics, work: Work, of: Any) -> Any:
-    """of(the groups that a warpgroup takes): an int where that is the same in shared turns."""
-    whole, half = of(s.groups), of(s.groups // 2)
-    return whole if work.shared is None or whole == half else jnp.where(work.shared, half, whole)
+    each_tile(s, refs, run)
 
 
 def _address(barriers: Any, slot: Any) -> Any:
@@ -278,13 +205,10 @@ def _wait(barriers: Any, slot: Any, odd: Any) -> None:
     _at_barrier(text, barriers, slot, odd)
 
 
-def _arrive(barriers: Any, slot: Any, count: Any) -> None:
+def _arrive(barriers: Any, slot: Any, count: int) -> None:
     """Of each warp once, which counts as so many."""
     text = "{ .reg .pred p; .reg .b32 lane; bar.warp.sync -1; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; "
-    if isinstance(count, int):
-        _at_barrier(text + f"@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], {count}; }}", barriers, slot)
-    else:
-        _at_barrier(text + "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], $1; }", barriers, slot, count)
+    _at_barrier(text + f"@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], {count}; }}", barriers, slot)
 
 
 def _tell_when_gathered(barriers: Any, slot: Any) -> None:

@@ -58,7 +58,6 @@ def kernels_of(text: str) -> set[str]:
         (16, FEW),
         (64, Ring((8, 24), stages=9)),
         (64, ALONE),
-        (64, Ring((8, 16, 32, 64), alone=True)),
     ],
 )
 def test_a_layer_lowers_for_cuda(tokens, ring):

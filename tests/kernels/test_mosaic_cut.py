@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferrum_kernels.mosaic_cut import Ring, Statics, Work, share_of, turn_of
+from ferrum_kernels.mosaic_cut import Ring, Statics, behind, groups_of, tile_of
 
 ALONE = Ring((8, 32), alone=True)
 
@@ -24,15 +24,15 @@ def taken(s: Statics, live: int) -> tuple[collections.Counter, list[bool]]:
     """How often each half of a live block's tile is taken, and of each turn with work whether it is shared."""
     program, found, turns = jnp.arange(s.programs), collections.Counter(), []
     while True:
-        tile, shared, half = turn_of(s, jnp.int32(len(turns)), program, lambda block: block < live)
-        tile = np.asarray(tile)
-        work = tile < live * s.tiles
+        turn = jnp.int32(len(turns))
+        shared = behind(s, turn) >= live if s.shares else None
+        tile, half = tile_of(s, turn, program, shared)
+        work = np.asarray(tile) < live * s.tiles
         if not work.any():
             return found, turns
         turns.append(bool(shared))
-        halves = (0, 1) if half is None or not shared else (np.asarray(half)[work],)
-        for which in halves:
-            found.update(zip(tile[work].tolist(), np.broadcast_to(which, work.sum()).tolist(), strict=True))
+        for which in (half,) if shared else (0, 1):
+            found.update(zip(tile[work].tolist(), np.broadcast_to(which, s.programs)[work].tolist(), strict=True))
 
 
 @settings(max_examples=20, deadline=None)
@@ -47,17 +47,14 @@ def test_each_half_of_a_tile_is_taken_once_and_only_a_last_turn_of_few_tiles_is_
         assert turns[-1] is (alone and 2 * left <= programs)
 
 
-@pytest.mark.parametrize("shared", [True, False, None])
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("groups", [6, 16])
-def test_warpgroups_take_each_group_of_each_output_once(groups, shared):
-    zero = jnp.int32(0)
-    work = Work(zero, zero, zero, zero, zero, zero, *(() if shared is None else (jnp.asarray(shared), zero)))
-    found = collections.Counter()
+def test_warpgroups_take_each_group_of_their_outputs_once(groups, shared):
+    found = []
     for warpgroup in range(2):
-        first, every, outputs = map(int, share_of(work, jnp.int32(warpgroup)))
-        found.update((outputs, group) for group in range(first, groups, every))
-    outputs = (0,) if shared else (0, 1)
-    assert found == dict.fromkeys(((each, group) for each in outputs for group in range(groups)), 1)
+        first, every = groups_of(shared, warpgroup)
+        found += range(first, groups, every)
+    assert sorted(found) == sorted(list(range(groups)) * (1 if shared else 2))
 
 
 def test_rings_of_other_shapes_and_an_odd_number_of_groups_are_not_shared():
