@@ -218,11 +218,11 @@ def groups_of(shared: bool, warpgroup: Any) -> tuple[Any, int]:
 
 
 def by_columns(s: Statics, count: Any, run: Any, shared: bool = False) -> None:
-    """Call run with the fewest columns that hold so many rows; of a shared turn there are half as many variants."""
+    """Call run with the fewest columns that hold so many rows; a shared turn has the two largest variants."""
     from jax.experimental import pallas as pl
 
     least = 0
-    for columns in s.ring.columns[::-2][::-1] if shared else s.ring.columns:
+    for columns in s.ring.columns[-2:] if shared else s.ring.columns:
         pl.when((count > least) & (count <= columns))(functools.partial(run, columns))
         least = columns
 
