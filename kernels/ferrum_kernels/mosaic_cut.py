@@ -74,9 +74,12 @@ class Statics:
 
     @property
     def shares(self) -> bool:
-        """Whether in a turn of few tiles programs take halves of them, and warpgroups every other group of inputs."""
+        """Whether in a turn of few tiles programs take halves of them, and warpgroups every other group of inputs.
+
+        Not of few groups: what is won is less than what it takes elsewhere.
+        """
         ring = self.ring
-        return ring.alone and ring.parts == ring.warpgroups == 2 and self.groups % 2 == 0
+        return ring.alone and ring.parts == ring.warpgroups == 2 and self.groups % 4 == 0
 
     @property
     def size(self) -> int:
@@ -197,32 +200,22 @@ def is_work(s: Statics, work: Work) -> Any:
     return (work.tile < s.tiles) & (work.expert >= 0) & (work.expert < s.experts) & (work.count > 0)
 
 
-def shared_or_not(work: Work, run: Any) -> None:
-    """Call run with whether the work is of a shared turn, as a constant."""
-    from jax.experimental import pallas as pl
+def share_of(work: Work, warpgroup: Any) -> tuple[Any, ...]:
+    """A warpgroup's first group of inputs, every how many it takes, and where turns are shared, whose outputs it has.
 
-    if work.shared is None:
-        run(False)
-    else:
-        pl.when(work.shared)(lambda: run(True))
-        pl.when(~work.shared)(lambda: run(False))
-
-
-def groups_of(shared: bool, warpgroup: Any) -> tuple[Any, int]:
-    """A warpgroup's first group of inputs and every how many it takes: of a shared tile both have the same outputs.
-
-    >>> groups_of(True, 1), groups_of(False, 1)
-    ((1, 2), (0, 1))
+    Of a shared tile both have the first warpgroup's.
     """
-    return (warpgroup, 2) if shared else (0, 1)
+    if work.shared is None:
+        return 0, 1
+    return jnp.where(work.shared, warpgroup, 0), jnp.where(work.shared, 2, 1), jnp.where(work.shared, 0, warpgroup)
 
 
-def by_columns(s: Statics, count: Any, run: Any, shared: bool = False) -> None:
-    """Call run with the fewest columns that hold so many rows; a shared turn has the two largest variants."""
+def by_columns(s: Statics, count: Any, run: Any) -> None:
+    """Call run with the fewest columns that hold so many rows."""
     from jax.experimental import pallas as pl
 
     least = 0
-    for columns in s.ring.columns[-2:] if shared else s.ring.columns:
+    for columns in s.ring.columns:
         pl.when((count > least) & (count <= columns))(functools.partial(run, columns))
         least = columns
 

@@ -25,9 +25,8 @@ from ferrum_kernels.mosaic_cut import (
     column_of,
     each_tile,
     first_group,
-    groups_of,
     row_of,
-    shared_or_not,
+    share_of,
     slot_of,
 )
 from ferrum_kernels.mosaic_registers import GROUP, RUN, THREADS
@@ -61,10 +60,13 @@ def _at(s: Statics, step: Any) -> tuple[Any, Any]:
     return slot_of(s, step), lax.div(step, jnp.int32(s.ring.stages)) & 1
 
 
-def _after(s: Statics, slot: Any, odd: Any, steps: int = 1) -> tuple[Any, Any]:
+def _after(s: Statics, slot: Any, odd: Any, steps: Any = 1) -> tuple[Any, Any]:
     """`_at` so many steps on, fewer than there are slots."""
-    last = slot >= s.ring.stages - steps
-    return jnp.where(last, slot + (steps - s.ring.stages), slot + steps), jnp.where(last, odd ^ 1, odd)
+    if isinstance(steps, int):  # one, as slots come back to the first
+        last, begin = slot == s.ring.stages - 1, 0
+    else:
+        last, begin = slot >= s.ring.stages - steps, slot + (steps - s.ring.stages)
+    return jnp.where(last, begin, slot + steps), jnp.where(last, odd ^ 1, odd)
 
 
 def _copy(s: Statics, refs: Refs) -> None:
@@ -78,44 +80,48 @@ def _copy(s: Statics, refs: Refs) -> None:
             sources = pieces.sources(block, s.pairs_per_row, 2 * refs.x.shape[-1])
             where = sources(refs.order, work.start, work.count)
 
-        def copy_group(columns: int, parts: int, k: Any, at: Any) -> Any:
-            slot, odd, used = at
-            pl.when(used)(lambda: _wait(refs.empty, slot, odd ^ 1))
+        def start(columns: int, parts: int, slot: Any, k: Any) -> None:
             words = [refs.words_ring.at[slot, pl.ds(i * size // 2, size // 2 // parts)] for i in range(s.copied)]
             scales = [refs.scales_ring.at[slot, pl.ds(i * size, size // parts)] for i in range(s.copied)]
             to = words, scales, refs.x_ring.at[slot, pl.ds(0, columns)]
             numbers = slot, first + k, column, work.block * block, k * GROUP
             _start(s, columns, parts)(refs.words, refs.scales, refs.x, *to, refs.full, *numbers)
+
+        def copy_group(columns: int, k: Any, at: Any) -> Any:
+            slot, odd, used = at
+            pl.when(used)(lambda: _wait(refs.empty, slot, odd ^ 1))
+            if work.shared is None:
+                start(columns, 1, slot, k)
+            else:
+                pl.when(work.shared)(lambda: start(columns, 2, slot, k))
+                pl.when(~work.shared)(lambda: start(columns, 1, slot, k))
             if s.gathers:
                 pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k, work.count)
                 _tell_when_gathered(refs.full, slot)
             slot, odd = _after(s, slot, odd)
             return slot, odd, used | (slot == 0)
 
-        def copy_groups(parts: int, columns: int) -> None:
+        def copy_groups(columns: int) -> None:
             step = work.turn * s.groups
             at = *_at(s, step), step >= s.ring.stages
-            lax.fori_loop(0, s.groups, functools.partial(copy_group, columns, parts), at)
+            lax.fori_loop(0, s.groups, functools.partial(copy_group, columns), at)
 
-        def copy(shared: bool) -> None:
-            by_columns(s, work.count, functools.partial(copy_groups, 2 if shared else 1), shared)
-
-        shared_or_not(work, copy)
+        by_columns(s, work.count, copy_groups)
 
     each_tile(s, refs, run)
 
 
 def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def multiply_block(work: Work, shared: bool, columns: int) -> None:
+    def multiply_block(work: Work, columns: int) -> None:
         load, multiply, write = warps.load(s, columns), warps.multiply(s, columns), warps.write(s, columns)
-        (begin, every), outputs = groups_of(shared, warpgroup), jnp.int32(0) if shared else warpgroup
-        groups = s.groups // every
+        begin, every, *outputs = share_of(work, warpgroup)
 
         def load_next(slot: Any, odd: Any) -> Any:
             _wait(refs.full, slot, odd)
-            given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot, outputs)
+            given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot, *outputs)
             _arrive(refs.empty, slot, every)
             return _after(s, slot, odd, every), given
 
@@ -129,32 +135,39 @@ def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
             at, after = load_next(*at)
             return at, after, multiply(sums, given)
 
+        def times(whole: int, half: int) -> Any:
+            return whole if work.shared is None else jnp.where(work.shared, half, whole)
+
         rows = warps.targets(columns, s.by_pair)(refs.order, row_of(s, work), work.count)
         zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), pieces.layouts()[2])
         at, sums = _at(s, work.turn * s.groups + begin), [zero] * s.ring.parts
         if columns > AHEAD:
-            _, sums = lax.fori_loop(0, groups, step, (at, sums))
+            _, sums = lax.fori_loop(0, times(s.groups, s.groups // 2), step, (at, sums))
         else:
-            turns, rest = divmod(groups - 1, 2)
+            turns, rest = divmod(s.groups - 1, 2)  # where turns are shared half as many groups leave the same rest
+            carry = *load_next(*at), sums
             # Two steps a turn: of one, the next group's registers would be moved to where the last one's were.
-            carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), (*load_next(*at), sums))
+            turns = times(turns, (s.groups // 2 - 1) // 2)
+            carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), carry)
             _, given, sums = step_ahead(carry) if rest else carry
             sums = multiply(sums, given)
-        if shared:
+
+        def write_all() -> None:
+            for part, total in enumerate(sums):
+                column = work.tile * s.width + (warpgroup * s.ring.parts + part) * s.size
+                write(total, rows, refs.out, work.count, column)
+
+        def write_one() -> None:
             total = warps.trade(s, columns)(sums, refs.sums, warpgroup)
             write(total, rows, refs.out, work.count, column_of(s, work) + warpgroup * s.size)
-            return
-        for part, total in enumerate(sums):
-            column = work.tile * s.width + (warpgroup * s.ring.parts + part) * s.size
-            write(total, rows, refs.out, work.count, column)
 
-    def run(work: Work, _: Work) -> None:
-        def multiply(shared: bool) -> None:
-            by_columns(s, work.count, functools.partial(multiply_block, work, shared), shared)
+        if work.shared is None:
+            write_all()
+        else:
+            pl.when(work.shared)(write_one)
+            pl.when(~work.shared)(write_all)
 
-        shared_or_not(work, multiply)
-
-    each_tile(s, refs, run)
+    each_tile(s, refs, lambda work, _: by_columns(s, work.count, functools.partial(multiply_block, work)))
 
 
 def _address(barriers: Any, slot: Any) -> Any:
@@ -205,10 +218,14 @@ def _wait(barriers: Any, slot: Any, odd: Any) -> None:
     _at_barrier(text, barriers, slot, odd)
 
 
-def _arrive(barriers: Any, slot: Any, count: int) -> None:
+def _arrive(barriers: Any, slot: Any, count: Any) -> None:
     """Of each warp once, which counts as so many."""
     text = "{ .reg .pred p; .reg .b32 lane; bar.warp.sync -1; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; "
-    _at_barrier(text + f"@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], {count}; }}", barriers, slot)
+    text += "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]"
+    if isinstance(count, int):
+        _at_barrier(text + f", {count}; }}", barriers, slot)
+    else:
+        _at_barrier(text + ", $1; }", barriers, slot, count)
 
 
 def _tell_when_gathered(barriers: Any, slot: Any) -> None:

@@ -38,15 +38,15 @@ def _array(values: list[Any]) -> Any:
     return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
 
-def _place() -> tuple[Any, Any]:
-    """A thread's warp of its warpgroup, and lane."""
+def _place() -> tuple[Any, Any, Any]:
+    """A thread's warpgroup, warp of it and lane."""
     import jax.experimental.mosaic.gpu as mgpu
     from jaxlib.mlir.dialects import arith
 
     i32 = types()[0]
     thread = mgpu.thread_idx()
     warp = arith.andi(arith.shrui(thread, mgpu.c(5, i32)), mgpu.c(3, i32))
-    return warp, pieces.lane_of_warp()
+    return arith.shrui(thread, mgpu.c(7, i32)), warp, pieces.lane_of_warp()
 
 
 def _loaded(s: Statics, columns: int) -> int:
@@ -57,7 +57,7 @@ def _loaded(s: Statics, columns: int) -> int:
 def load(s: Statics, columns: int) -> Any:
     """A function of the rings of containers, activations and scales, and a slot: a thread's registers of its group.
 
-    The last argument says which warpgroup's outputs of the slot they are.
+    Where turns are shared, the last argument says whose outputs of the slot they are, else they are its warpgroup's.
     """
     import jax.experimental.mosaic.gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
@@ -67,10 +67,10 @@ def load(s: Statics, columns: int) -> Any:
 
     parts, count = s.ring.parts, _loaded(s, columns)
 
-    def body(_: Any, words_ring: Any, x_ring: Any, scales_ring: Any, slot: Any, warpgroup: Any) -> Any:
+    def body(_: Any, words_ring: Any, x_ring: Any, scales_ring: Any, slot: Any, *outputs: Any) -> Any:
         i32, _, f32, _, _ = types()
-        slot, warpgroup = pieces.number(slot), pieces.number(warpgroup)
-        warp, lane = _place()
+        slot, (own, warp, lane) = pieces.number(slot), _place()
+        warpgroup = pieces.number(outputs[0]) if outputs else own
 
         def c(n: int) -> Any:
             return mgpu.c(n, i32)
@@ -104,7 +104,8 @@ def load(s: Statics, columns: int) -> Any:
 
     ring, scalar = plgpu.RefType(pieces.transforms(64)), plgpu.Layout.WG_SPLAT(())
     result = plgpu.ShapeDtypeStruct((count * THREADS,), jnp.int32, layout=_layout(count))
-    return plgpu.inline_mgpu(arg_types=(ring, ring, plgpu.RefType(), scalar, scalar), return_type=result)(body)
+    scalars = [scalar] * (2 if s.shares else 1)
+    return plgpu.inline_mgpu(arg_types=(ring, ring, plgpu.RefType(), *scalars), return_type=result)(body)
 
 
 def multiply(s: Statics, columns: int) -> Any:
@@ -230,7 +231,7 @@ def write(s: Statics, columns: int) -> Any:
 
     def body(_: Any, total: Any, rows: Any, out: Any, count: Any, column: Any) -> None:
         i32, i64, f32 = types()[:3]
-        count, (warp, lane) = pieces.number(count), _place()
+        count, (_, warp, lane) = pieces.number(count), _place()
 
         def c(n: int) -> Any:
             return mgpu.c(n, i32)
