@@ -17,7 +17,7 @@ from ferrum_kernels.mosaic_matmul import Ring
 from ferrum_kernels.mosaic_registers import GROUP, RUN
 from ferrum_kernels.tiles import PLANE
 
-LOADS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
+LOADS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
 COLUMNS = (
     *((8,), (16,), (24,), (32,), (48,), (64,), (8, 16), (8, 24), (8, 32), (16, 32), (32, 64), (64, 96), (32, 128)),
     *((64, 128), (8, 16, 32), (16, 24, 32), (16, 32, 48), (32, 64, 96), (32, 64, 128)),

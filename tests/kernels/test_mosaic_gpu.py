@@ -65,8 +65,8 @@ def test_the_smallest_layer_has_fewer_groups_than_a_ring_has_under_way(tokens, r
     check_layer(tokens, "random", ring, width=256, features=128)
 
 
-# The rings of 64, 128 and 256 tokens.
-@pytest.mark.parametrize("tokens", [64, 128, 256])
+# The rings of 16 to 256 tokens.
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("load", ["random", "one expert"])
 def test_the_rings_of_the_table(tokens, load):
     rings = mosaic.rings(8 * tokens, 128)
