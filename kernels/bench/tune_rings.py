@@ -30,6 +30,7 @@ ALONE = ((3, 0), (4, 0), (5, 0), (6, 0))  # of warps that multiply alone, which 
 ALIKE = 1.02  # times that count as equal
 MOST_COLUMNS = {2: 128, 4: 32}  # that registers hold, by warpgroups
 MOST_ALONE = 32
+MOST_SHARED = 2.0  # pairs per expert up to which turns are shared, which pays with skewed routing and is not timed here
 SHARED_MEMORY = 227 * 1024  # bytes that a program of a Hopper GPU may use
 BARRIERS = 1024  # bytes, more than enough
 
@@ -90,7 +91,7 @@ def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], expert
     """The cases whose ring differs from the table's at their load in at most two fields, and those without a ring.
 
     Who multiplies (parts, warpgroups, alone) is one field, as few of its values go together. Where the table has no
-    ring, the next load's counts. Down's lag does not, as nothing reads it.
+    ring, the next load's counts. Down's lag does not, as nothing reads it, nor whether turns are shared.
     """
     who = ("parts", "warpgroups", "alone")
     rings = [row for row in table if row["up"] is not None]
@@ -100,7 +101,7 @@ def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], expert
         end = math.inf if rings[-1]["load"] is None else rings[-1]["load"]
         here = rings[serving(rings, "load", min(case.load / experts, end))][name]
         mine = entry_of(ring_of(case))
-        names = mine.keys() - {*who, *(("lag",) if name == "down" else ())}
+        names = mine.keys() - {*who, "shared", *(("lag",) if name == "down" else ())}
         other = any(mine[field] != here[field] for field in who)
         return other + sum(mine[field] != here[field] for field in names) <= 2
 
@@ -126,7 +127,7 @@ def ring_rows(cases: Sequence[Case], results: Mapping[str, Any], loads: Sequence
         if found is None or (triton and sum(triton[0]["microseconds"]) <= sum(found[1])):
             entries.append({"load": end, "up": None, "down": None})
             continue
-        up, down = map(entry_of, found[0])
+        up, down = ({**entry_of(ring), "shared": ring.alone and load <= MOST_SHARED} for ring in found[0])
         entries.append({"load": end, "up": up, "down": down, "microseconds": found[1]})
     return entries if measured else []
 

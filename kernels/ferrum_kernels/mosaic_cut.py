@@ -24,6 +24,8 @@ class Ring:
       lag: groups whose gathered rows are under way at a time, fewer than stages; where warps are alone, all of them.
       warpgroups: that multiply: 2, or 4 of one part each, for which up to 32 columns leave registers enough.
       alone: each warp multiplies up to 32 columns on its own, not with its warpgroup.
+      shared: where few tiles are left programs take halves of them, and warpgroups every other group of inputs. Only
+        where warps are alone, in two warpgroups of two parts, and for a number of groups that 4 divides.
     """
 
     columns: tuple[int, ...] = (32, 64, 96, 128)
@@ -32,6 +34,7 @@ class Ring:
     lag: int = 2
     warpgroups: int = 2
     alone: bool = False
+    shared: bool = False
 
     @property
     def block(self) -> int:
@@ -74,12 +77,9 @@ class Statics:
 
     @property
     def shares(self) -> bool:
-        """Whether in a turn of few tiles programs take halves of them, and warpgroups every other group of inputs.
-
-        Not of few groups: what is won is less than what it takes elsewhere.
-        """
+        """Whether the last turn may be shared: of few groups less is won than it takes elsewhere."""
         ring = self.ring
-        return ring.alone and ring.parts == ring.warpgroups == 2 and self.groups % 4 == 0
+        return ring.shared and ring.alone and ring.parts == ring.warpgroups == 2 and self.groups % 4 == 0
 
     @property
     def size(self) -> int:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from ferrum_kernels.mosaic_cut import Ring, Statics, Work, behind, share_of, tile_of
 
-ALONE = Ring((8, 32), alone=True)
+SHARED = Ring((8, 32), alone=True, shared=True)
 
 
-def statics(ring: Ring = ALONE, groups: int = 16, tiles: int = 6, programs: int = 132) -> Statics:
+def statics(ring: Ring = SHARED, groups: int = 16, tiles: int = 6, programs: int = 132) -> Statics:
     """Of gate and up."""
     return Statics(ring, 8, False, True, 128, groups, tiles * ring.warpgroups * ring.parts * 32, programs)
 
@@ -37,14 +37,14 @@ def taken(s: Statics, live: int) -> tuple[collections.Counter, list[bool]]:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 300), st.integers(1, 12), st.integers(1, 150), st.booleans())
-def test_each_half_of_a_tile_is_taken_once_and_only_a_last_turn_of_few_tiles_is_shared(live, tiles, programs, alone):
-    s = statics(Ring((8, 32), alone=alone), tiles=tiles, programs=programs)
+def test_each_half_of_a_tile_is_taken_once_and_only_a_last_turn_of_few_tiles_is_shared(live, tiles, programs, shared):
+    s = statics(Ring((8, 32), alone=True, shared=shared), tiles=tiles, programs=programs)
     found, turns = taken(s, live)
     assert found == dict.fromkeys(((tile, half) for tile in range(live * tiles) for half in (0, 1)), 1)
     assert not any(turns[:-1])
     left = live * tiles - (len(turns) - 1) * programs
     if turns:
-        assert turns[-1] is (alone and 2 * left <= programs)
+        assert turns[-1] is (shared and 2 * left <= programs)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -62,5 +62,6 @@ def test_warpgroups_take_each_group_of_their_outputs_once(shared):
 def test_rings_of_other_shapes_and_few_groups_are_not_shared():
     assert statics().shares
     assert not statics(groups=6).shares
-    assert not statics(Ring()).shares
-    assert not statics(Ring((8,), parts=1, warpgroups=4, alone=True)).shares
+    assert not statics(Ring((8, 32), alone=True)).shares
+    assert not statics(Ring(shared=True)).shares
+    assert not statics(Ring((8,), parts=1, warpgroups=4, alone=True, shared=True)).shares
