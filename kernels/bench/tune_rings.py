@@ -17,7 +17,7 @@ from ferrum_kernels.mosaic_matmul import Ring
 from ferrum_kernels.mosaic_registers import GROUP, RUN
 from ferrum_kernels.tiles import PLANE
 
-LOADS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
+LOADS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
 COLUMNS = (
     *((8,), (16,), (24,), (32,), (48,), (64,), (8, 16), (8, 24), (8, 32), (16, 32), (32, 64), (64, 96), (32, 128)),
     *((64, 128), (8, 16, 32), (16, 24, 32), (16, 32, 48), (32, 64, 96), (32, 64, 128)),
@@ -30,6 +30,7 @@ ALONE = ((3, 0), (4, 0), (5, 0), (6, 0))  # of warps that multiply alone, which 
 ALIKE = 1.02  # times that count as equal
 MOST_COLUMNS = {2: 128, 4: 32}  # that registers hold, by warpgroups
 MOST_ALONE = 32
+MOST_SHARED = 2.0  # pairs per expert up to which turns are shared, which pays with skewed routing and is not timed here
 SHARED_MEMORY = 227 * 1024  # bytes that a program of a Hopper GPU may use
 BARRIERS = 1024  # bytes, more than enough
 
@@ -50,7 +51,8 @@ def refuses(d: int, f: int) -> str | None:
 def is_valid(ring: Ring) -> bool:
     """Whether a ring fits shared memory and registers."""
     stage = ring.outputs * (2 * PLANE + 2) + ring.block * 2 * GROUP
-    staging = 0 if ring.alone else ring.warpgroups * ring.block * 2 * RUN * 2
+    # What is written, or the sums that two warpgroups give each other.
+    staging = ring.block * 2 * RUN * (2 * 4 if ring.alone else ring.warpgroups * 2)
     return (
         ring.lag < ring.stages
         and ring.block <= (MOST_ALONE if ring.alone else MOST_COLUMNS[ring.warpgroups])
@@ -89,7 +91,7 @@ def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], expert
     """The cases whose ring differs from the table's at their load in at most two fields, and those without a ring.
 
     Who multiplies (parts, warpgroups, alone) is one field, as few of its values go together. Where the table has no
-    ring, the next load's counts. Down's lag does not, as nothing reads it.
+    ring, the next load's counts. Down's lag does not, as nothing reads it, nor whether turns are shared.
     """
     who = ("parts", "warpgroups", "alone")
     rings = [row for row in table if row["up"] is not None]
@@ -99,7 +101,7 @@ def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], expert
         end = math.inf if rings[-1]["load"] is None else rings[-1]["load"]
         here = rings[serving(rings, "load", min(case.load / experts, end))][name]
         mine = entry_of(ring_of(case))
-        names = mine.keys() - {*who, *(("lag",) if name == "down" else ())}
+        names = mine.keys() - {*who, "shared", *(("lag",) if name == "down" else ())}
         other = any(mine[field] != here[field] for field in who)
         return other + sum(mine[field] != here[field] for field in names) <= 2
 
@@ -125,7 +127,7 @@ def ring_rows(cases: Sequence[Case], results: Mapping[str, Any], loads: Sequence
         if found is None or (triton and sum(triton[0]["microseconds"]) <= sum(found[1])):
             entries.append({"load": end, "up": None, "down": None})
             continue
-        up, down = map(entry_of, found[0])
+        up, down = ({**entry_of(ring), "shared": ring.alone and load <= MOST_SHARED} for ring in found[0])
         entries.append({"load": end, "up": up, "down": down, "microseconds": found[1]})
     return entries if measured else []
 

@@ -89,7 +89,7 @@ def table(device_kind: str) -> dict[str, Any]:
 def rings(pairs: int, num_experts: int) -> tuple[Ring, Ring] | None:
     """How both products of a layer are cut up, or None where the Triton kernels were as fast.
 
-    >>> rings(8 * 16, 128) is None
+    >>> rings(8 * 8, 128) is None
     True
     >>> rings(8 * 4096, 128)[0].columns[-1]
     128

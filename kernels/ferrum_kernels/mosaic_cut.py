@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,7 +23,9 @@ class Ring:
       stages: groups of inputs in shared memory.
       lag: groups whose gathered rows are under way at a time, fewer than stages; where warps are alone, all of them.
       warpgroups: that multiply: 2, or 4 of one part each, for which up to 32 columns leave registers enough.
-      alone: each warp multiplies on its own, not its warpgroup: up to 32 columns.
+      alone: each warp multiplies up to 32 columns on its own, not with its warpgroup.
+      shared: where few tiles are left programs take halves of them, and warpgroups every other group of inputs. Only
+        where warps are alone, in two warpgroups of two parts, and for a number of groups that 4 divides.
     """
 
     columns: tuple[int, ...] = (32, 64, 96, 128)
@@ -31,6 +34,7 @@ class Ring:
     lag: int = 2
     warpgroups: int = 2
     alone: bool = False
+    shared: bool = False
 
     @property
     def block(self) -> int:
@@ -70,6 +74,12 @@ class Statics:
     def lag(self) -> int:
         """The ring's, but no more groups than a tile has, which may be a program's only one."""
         return min(self.ring.lag, self.groups)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the last turn may be shared: of few groups less is won than it takes elsewhere."""
+        ring = self.ring
+        return ring.shared and ring.alone and ring.parts == ring.warpgroups == 2 and self.groups % 4 == 0
 
     @property
     def size(self) -> int:
@@ -116,10 +126,14 @@ class Refs:
     full: Any
     empty: Any
     staging: Any = None
+    sums: Any = None
 
 
 class Work(NamedTuple):
-    """A tile: how many came before it in this program, which of the outputs, and the block."""
+    """A tile: how many came before it in this program, which of the outputs, and the block.
+
+    Of a shared turn a program takes a half, 0 or 1. Where turns are never shared, `shared` and `half` are None.
+    """
 
     turn: Any
     tile: Any
@@ -127,29 +141,73 @@ class Work(NamedTuple):
     expert: Any
     start: Any
     count: Any
+    shared: Any = None
+    half: Any = None
 
 
 def each_tile(s: Statics, refs: Refs, run: Any) -> None:
     """Call run with each Work of this program, and with the tile that would come after it."""
     blocks = refs.experts.shape[0]
 
-    def work_at(turn: Any) -> Work:
-        tile = turn * s.programs + lax.axis_index("program")
+    def is_shared(turn: Any) -> Any:
+        if not s.shares:
+            return None
+        block = behind(s, turn)
+        return (block >= blocks) | (refs.counts[lax.min(block, jnp.int32(blocks - 1))] == 0)
+
+    def work_at(turn: Any, shared: Any) -> Work:
+        tile, half = tile_of(s, turn, lax.axis_index("program"), shared)
         block = lax.min(lax.div(tile, jnp.int32(s.tiles)), jnp.int32(blocks - 1))
         numbers = refs.experts[block], refs.starts[block], refs.counts[block]
-        return Work(turn, tile - block * s.tiles, block, *numbers)
+        return Work(turn, tile - block * s.tiles, block, *numbers, shared, half)
 
-    def body(work: Work) -> Work:
-        after = work_at(work.turn + 1)
+    # Whether a turn is shared is read a turn ahead, and of the first turn both works are: no read waits for another.
+    def body(carry: tuple[Work, Any]) -> tuple[Work, Any]:
+        work, shared = carry
+        after, later = work_at(work.turn + 1, shared), is_shared(work.turn + 2)
         run(work, after)
-        return after
+        return after, later
 
-    lax.while_loop(functools.partial(is_work, s), body, work_at(jnp.int32(0)))
+    turn, shared = jnp.int32(0), is_shared(jnp.int32(0))
+    work = work_at(turn, shared)
+    if shared is not None:
+        either = work_at(turn, jnp.bool_(True)), work_at(turn, jnp.bool_(False))
+        work = jax.tree.map(functools.partial(jnp.where, shared), *either)
+    lax.while_loop(lambda carry: is_work(s, carry[0]), body, (work, is_shared(turn + 1)))
+
+
+def behind(s: Statics, turn: Any) -> Any:
+    """The block that has rows if a turn is not shared: one behind half as many tiles as there are programs.
+
+    A turn that is shared is the last: blocks that have rows come first.
+    """
+    return lax.div(turn * s.programs + s.programs // 2, jnp.int32(s.tiles))
+
+
+def tile_of(s: Statics, turn: Any, program: Any, shared: Any) -> tuple[Any, Any]:
+    """Of all tiles the one that a program takes in a turn, and which half of it, which is None if shared is.
+
+    The first tiles have the most rows, and a program that had one of those comes last in later turns.
+    """
+    place = jnp.where(turn > 0, s.programs - 1 - program, program)
+    if shared is None:
+        return turn * s.programs + place, None
+    return turn * s.programs + jnp.where(shared, place >> 1, place), jnp.where(shared, place & 1, 0)
 
 
 def is_work(s: Statics, work: Work) -> Any:
     """False behind the last tile and from the first block on that has no rows."""
     return (work.tile < s.tiles) & (work.expert >= 0) & (work.expert < s.experts) & (work.count > 0)
+
+
+def share_of(work: Work, warpgroup: Any) -> tuple[Any, ...]:
+    """A warpgroup's first group of inputs, every how many it takes, and where turns are shared, whose outputs it has.
+
+    Of a shared tile both have the first warpgroup's.
+    """
+    if work.shared is None:
+        return 0, 1
+    return jnp.where(work.shared, warpgroup, 0), jnp.where(work.shared, 2, 1), jnp.where(work.shared, 0, warpgroup)
 
 
 def by_columns(s: Statics, count: Any, run: Any) -> None:
@@ -171,6 +229,12 @@ def first_group(s: Statics, refs: Refs, work: Work) -> Any:
     """Of the tile's expert in the stack."""
     # The layer's first expert is found here: outside, that product would be a launch of its own.
     return (refs.layer[0] * s.experts + work.expert) * s.groups
+
+
+def column_of(s: Statics, work: Work) -> Any:
+    """The first of the work's columns of the result."""
+    column = work.tile * s.width
+    return column if work.half is None else column + work.half * (s.width // 2)
 
 
 def row_of(s: Statics, work: Work) -> Any:

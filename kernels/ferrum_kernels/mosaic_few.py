@@ -2,7 +2,9 @@
 
 A warpgroup's products by wgmma are waited for by all its warps, and so is what they write; alone, with `mma.sync`, a
 warp waits only for the ring, and ptxas may put the products between what decodes. It takes fewer instructions as well,
-which bound the kernel where the memory is fast. But each warp loads all activations, so that rows must be few.
+which bound the kernel where the memory is fast. But each warp loads all activations, so that rows must be few. Where
+few tiles are left, as with all tokens at a few experts, programs take halves of them, and each warpgroup every other
+group of inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,18 @@ from jax import lax
 
 from ferrum_kernels import mosaic_registers as pieces
 from ferrum_kernels import mosaic_warps as warps
-from ferrum_kernels.mosaic_cut import Refs, Statics, Work, by_columns, each_tile, first_group, row_of, slot_of
+from ferrum_kernels.mosaic_cut import (
+    Refs,
+    Statics,
+    Work,
+    by_columns,
+    column_of,
+    each_tile,
+    first_group,
+    row_of,
+    share_of,
+    slot_of,
+)
 from ferrum_kernels.mosaic_registers import GROUP, RUN, THREADS
 
 AHEAD = 16  # columns of which a group is loaded before the last one is multiplied
@@ -47,9 +60,13 @@ def _at(s: Statics, step: Any) -> tuple[Any, Any]:
     return slot_of(s, step), lax.div(step, jnp.int32(s.ring.stages)) & 1
 
 
-def _after(s: Statics, slot: Any, odd: Any) -> tuple[Any, Any]:
-    last = slot == s.ring.stages - 1
-    return jnp.where(last, 0, slot + 1), jnp.where(last, odd ^ 1, odd)
+def _after(s: Statics, slot: Any, odd: Any, steps: Any = 1) -> tuple[Any, Any]:
+    """`_at` so many steps on, fewer than there are slots."""
+    if isinstance(steps, int):  # one, as slots come back to the first
+        last, begin = slot == s.ring.stages - 1, 0
+    else:
+        last, begin = slot >= s.ring.stages - steps, slot + (steps - s.ring.stages)
+    return jnp.where(last, begin, slot + steps), jnp.where(last, odd ^ 1, odd)
 
 
 def _copy(s: Statics, refs: Refs) -> None:
@@ -58,19 +75,26 @@ def _copy(s: Statics, refs: Refs) -> None:
     block, size = s.ring.block, s.ring.outputs // s.copied
 
     def run(work: Work, _: Work) -> None:
-        where, first = None, first_group(s, refs, work)
+        where, first, column = None, first_group(s, refs, work), column_of(s, work)
         if s.gathers:
             sources = pieces.sources(block, s.pairs_per_row, 2 * refs.x.shape[-1])
             where = sources(refs.order, work.start, work.count)
 
+        def start(columns: int, parts: int, slot: Any, k: Any) -> None:
+            words = [refs.words_ring.at[slot, pl.ds(i * size // 2, size // 2 // parts)] for i in range(s.copied)]
+            scales = [refs.scales_ring.at[slot, pl.ds(i * size, size // parts)] for i in range(s.copied)]
+            to = words, scales, refs.x_ring.at[slot, pl.ds(0, columns)]
+            numbers = slot, first + k, column, work.block * block, k * GROUP
+            _start(s, columns, parts)(refs.words, refs.scales, refs.x, *to, refs.full, *numbers)
+
         def copy_group(columns: int, k: Any, at: Any) -> Any:
             slot, odd, used = at
             pl.when(used)(lambda: _wait(refs.empty, slot, odd ^ 1))
-            words = [refs.words_ring.at[slot, pl.ds(i * size // 2, size // 2)] for i in range(s.copied)]
-            scales = [refs.scales_ring.at[slot, pl.ds(i * size, size)] for i in range(s.copied)]
-            to = words, scales, refs.x_ring.at[slot, pl.ds(0, columns)]
-            numbers = slot, first + k, work.tile * s.width, work.block * block, k * GROUP
-            _start(s, columns)(refs.words, refs.scales, refs.x, *to, refs.full, *numbers)
+            if work.shared is None:
+                start(columns, 1, slot, k)
+            else:
+                pl.when(work.shared)(lambda: start(columns, 2, slot, k))
+                pl.when(~work.shared)(lambda: start(columns, 1, slot, k))
             if s.gathers:
                 pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k, work.count)
                 _tell_when_gathered(refs.full, slot)
@@ -88,16 +112,18 @@ def _copy(s: Statics, refs: Refs) -> None:
 
 
 def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def multiply_block(work: Work, columns: int) -> None:
         load, multiply, write = warps.load(s, columns), warps.multiply(s, columns), warps.write(s, columns)
+        begin, every, *outputs = share_of(work, warpgroup)
 
         def load_next(slot: Any, odd: Any) -> Any:
             _wait(refs.full, slot, odd)
-            given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot)
-            _arrive(refs.empty, slot)
-            return _after(s, slot, odd), given
+            given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot, *outputs)
+            _arrive(refs.empty, slot, every)
+            return _after(s, slot, odd, every), given
 
         def step(_: Any, carry: Any) -> Any:
             at, sums = carry
@@ -109,20 +135,37 @@ def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
             at, after = load_next(*at)
             return at, after, multiply(sums, given)
 
+        def times(whole: int, half: int) -> Any:
+            return whole if work.shared is None else jnp.where(work.shared, half, whole)
+
         rows = warps.targets(columns, s.by_pair)(refs.order, row_of(s, work), work.count)
         zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), pieces.layouts()[2])
-        at, sums = _at(s, work.turn * s.groups), [zero] * s.ring.parts
+        at, sums = _at(s, work.turn * s.groups + begin), [zero] * s.ring.parts
         if columns > AHEAD:
-            _, sums = lax.fori_loop(0, s.groups, step, (at, sums))
+            _, sums = lax.fori_loop(0, times(s.groups, s.groups // 2), step, (at, sums))
         else:
-            turns, rest = divmod(s.groups - 1, 2)
+            turns, rest = divmod(s.groups - 1, 2)  # where turns are shared half as many groups leave the same rest
+            carry = *load_next(*at), sums
             # Two steps a turn: of one, the next group's registers would be moved to where the last one's were.
-            carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), (*load_next(*at), sums))
+            turns = times(turns, (s.groups // 2 - 1) // 2)
+            carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), carry)
             _, given, sums = step_ahead(carry) if rest else carry
             sums = multiply(sums, given)
-        for part, total in enumerate(sums):
-            column = work.tile * s.width + (warpgroup * s.ring.parts + part) * s.size
-            write(total, rows, refs.out, work.count, column)
+
+        def write_all() -> None:
+            for part, total in enumerate(sums):
+                column = work.tile * s.width + (warpgroup * s.ring.parts + part) * s.size
+                write(total, rows, refs.out, work.count, column)
+
+        def write_one() -> None:
+            total = warps.trade(s, columns)(sums, refs.sums, warpgroup)
+            write(total, rows, refs.out, work.count, column_of(s, work) + warpgroup * s.size)
+
+        if work.shared is None:
+            write_all()
+        else:
+            pl.when(work.shared)(write_one)
+            pl.when(~work.shared)(write_all)
 
     each_tile(s, refs, lambda work, _: by_columns(s, work.count, functools.partial(multiply_block, work)))
 
@@ -175,10 +218,14 @@ def _wait(barriers: Any, slot: Any, odd: Any) -> None:
     _at_barrier(text, barriers, slot, odd)
 
 
-def _arrive(barriers: Any, slot: Any) -> None:
-    """Of each warp once."""
+def _arrive(barriers: Any, slot: Any, count: Any) -> None:
+    """Of each warp once, which counts as so many."""
     text = "{ .reg .pred p; .reg .b32 lane; bar.warp.sync -1; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; "
-    _at_barrier(text + "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]; }", barriers, slot)
+    text += "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]"
+    if isinstance(count, int):
+        _at_barrier(text + f", {count}; }}", barriers, slot)
+    else:
+        _at_barrier(text + ", $1; }", barriers, slot, count)
 
 
 def _tell_when_gathered(barriers: Any, slot: Any) -> None:
@@ -186,8 +233,10 @@ def _tell_when_gathered(barriers: Any, slot: Any) -> None:
     _at_barrier("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", barriers, slot)
 
 
-def _start(s: Statics, columns: int) -> Any:
+def _start(s: Statics, columns: int, parts: int) -> Any:
     """A function that starts all copies of a group but gathered rows, and says how many bytes they are.
+
+    Of the tile's outputs it copies the first of so many parts.
 
     Its arguments are words, scales and x; where they go, words and scales run by run; the barriers of full slots; the
     slot; and where the group, the tile's columns of the result, the block's rows and the group's inputs begin.
@@ -198,8 +247,8 @@ def _start(s: Statics, columns: int) -> Any:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, nvvm
 
-    size = s.ring.outputs // s.copied
-    count = s.ring.outputs * (64 + 2) + (0 if s.gathers else columns * 2 * GROUP)
+    size = s.ring.outputs // s.copied // parts
+    count = s.copied * size * (64 + 2) + (0 if s.gathers else columns * 2 * GROUP)
 
     def body(launch: Any, words: Any, scales: Any, x: Any, *given: Any) -> None:
         to_words, to_scales, to_x, barriers, *numbers = given

@@ -86,6 +86,8 @@ def _run(s: Statics, out_rows: int, x: jax.Array, words: jax.Array, scales: jax.
 
     ring, shared, stages = s.ring, plgpu.SMEM, s.ring.stages
     scratch = {"barriers": shared((2 * 2 * stages,), jnp.int32)}
+    if s.shares:
+        scratch["sums"] = shared((2, ring.block, 2 * RUN), jnp.float32)
     if not ring.alone:
         staging = (ring.warpgroups, ring.block, s.size)
         copies = 2 * s.copied  # of words and scales

@@ -15,6 +15,7 @@ from ferrum_kernels.mosaic_cut import Statics
 from ferrum_kernels.mosaic_registers import GROUP, RUN, THREADS, asm, types
 
 PLANES = 4  # codes of a container
+TRADE = 7  # the barrier at which warpgroups have each other's sums
 WORDS, RIGHT = 2 * 4, PLANES * 4  # registers of a part's containers, and of eight columns' activations
 
 
@@ -54,7 +55,10 @@ def _loaded(s: Statics, columns: int) -> int:
 
 
 def load(s: Statics, columns: int) -> Any:
-    """A function of the rings of containers, activations and scales, and a slot: a thread's registers of its group."""
+    """A function of the rings of containers, activations and scales, and a slot: a thread's registers of its group.
+
+    Where turns are shared, the last argument says whose outputs of the slot they are, else they are its warpgroup's.
+    """
     import jax.experimental.mosaic.gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -63,10 +67,10 @@ def load(s: Statics, columns: int) -> Any:
 
     parts, count = s.ring.parts, _loaded(s, columns)
 
-    def body(_: Any, words_ring: Any, x_ring: Any, scales_ring: Any, slot: Any) -> Any:
+    def body(_: Any, words_ring: Any, x_ring: Any, scales_ring: Any, slot: Any, *outputs: Any) -> Any:
         i32, _, f32, _, _ = types()
-        slot = pieces.number(slot)
-        warpgroup, warp, lane = _place()
+        slot, (own, warp, lane) = pieces.number(slot), _place()
+        warpgroup = pieces.number(outputs[0]) if outputs else own
 
         def c(n: int) -> Any:
             return mgpu.c(n, i32)
@@ -100,7 +104,8 @@ def load(s: Statics, columns: int) -> Any:
 
     ring, scalar = plgpu.RefType(pieces.transforms(64)), plgpu.Layout.WG_SPLAT(())
     result = plgpu.ShapeDtypeStruct((count * THREADS,), jnp.int32, layout=_layout(count))
-    return plgpu.inline_mgpu(arg_types=(ring, ring, plgpu.RefType(), scalar), return_type=result)(body)
+    scalars = [scalar] * (2 if s.shares else 1)
+    return plgpu.inline_mgpu(arg_types=(ring, ring, plgpu.RefType(), *scalars), return_type=result)(body)
 
 
 def multiply(s: Statics, columns: int) -> Any:
@@ -148,6 +153,51 @@ def multiply(s: Statics, columns: int) -> Any:
     return plgpu.inline_mgpu(arg_types=([sums] * parts, _layout(count)), return_type=[result] * parts)(body)
 
 
+def trade(s: Statics, columns: int) -> Any:
+    """A function of both parts' sums, shared memory and the warpgroup: all of the part that has the warpgroup's number.
+
+    Each warpgroup has a sum over half of the inputs. It gives the other part's to the other warpgroup.
+    """
+    import jax.experimental.mosaic.gpu as mgpu
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    def body(_: Any, totals: list[Any], memory: Any, warpgroup: Any) -> Any:
+        i32, _, f32, one, _ = types()
+        warpgroup, count = pieces.number(warpgroup), totals[0].registers.size
+
+        def c(n: int) -> Any:
+            return mgpu.c(n, i32)
+
+        first = arith.cmpi(arith.CmpIPredicate.eq, warpgroup, c(0))
+        base = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(memory)), arith.muli(pieces.thread_of_warpgroup(), c(4)))
+        here, there = (
+            arith.addi(base, arith.muli(at, c(count * 4 * THREADS))) for at in (warpgroup, arith.xori(warpgroup, c(1)))
+        )
+        mine, other = [], []
+        for pair in zip(*(total.registers.flat for total in totals), strict=True):
+            a, b = map(pieces.single, pair)
+            mine.append(arith.select(first, a, b))
+            other.append(arith.select(first, b, a))
+        void = ir.Type.parse("!llvm.void")
+        for i, value in enumerate(other):
+            asm(void, f"st.shared.f32 [$0+{i * 4 * THREADS}], $1;", "r,f", here, value, effects=True)
+        asm(void, f"bar.sync {TRADE}, {2 * THREADS};", "", effects=True)
+        registers = np.empty_like(totals[0].registers)
+        for i, value in enumerate(mine):
+            received = asm(f32, f"ld.shared.f32 $0, [$1+{i * 4 * THREADS}];", "=f,r", there, effects=True)
+            registers.flat[i] = vector.broadcast(one, arith.addf(value, received))
+        return fa.FragmentedArray(_registers=registers, _layout=totals[0].layout, _is_signed=None)
+
+    sums = pieces.layouts()[2]
+    result = plgpu.ShapeDtypeStruct((2 * RUN, columns), jnp.float32, layout=sums)
+    arguments = [sums] * s.ring.parts, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+    return plgpu.inline_mgpu(arg_types=arguments, return_type=result)(body)
+
+
 def targets(columns: int, by_pair: bool) -> Any:
     """A function of order, start and count: the result's row of each row of the block that a thread writes."""
     import jax.experimental.mosaic.gpu as mgpu
@@ -156,7 +206,11 @@ def targets(columns: int, by_pair: bool) -> Any:
 
     def body(_: Any, order: Any, start: Any, count: Any) -> Any:
         i32 = types()[0]
-        start, count, first = pieces.number(start), pieces.number(count), arith.shrui(_place()[2], mgpu.c(2, i32))
+        start, count, first = (
+            pieces.number(start),
+            pieces.number(count),
+            arith.shrui(pieces.lane_of_warp(), mgpu.c(2, i32)),
+        )
         rows = [arith.addi(first, mgpu.c(eight, i32)) for eight in range(0, columns, 8)]
         return _array([pieces.pair_at(order, start, r, count) if by_pair else arith.addi(start, r) for r in rows])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -28,6 +29,7 @@ NARROW = Ring((32, 64, 96, 128), parts=1)
 FEW = Ring((8,), parts=1, stages=6, lag=3, warpgroups=4)
 DEEP = Ring((8, 24), stages=9)
 ALONE = Ring((8, 16, 24, 32), stages=5, alone=True)
+SHARED = Ring((8, 16, 32), alone=True, shared=True)
 ALONE_OF_ONE_PART = Ring((8, 16), parts=1, stages=3, warpgroups=4, alone=True)
 
 
@@ -48,7 +50,7 @@ def run(x, logits, mask, stacks, ring):
     ("tokens", "ring"),
     [
         *((77, Ring()), (77, SMALL), (77, NARROW), (600, Ring()), (7, FEW), (77, FEW), (77, DEEP)),
-        *((7, ALONE), (77, ALONE), (77, ALONE_OF_ONE_PART)),
+        *((7, ALONE), (77, ALONE), (77, ALONE_OF_ONE_PART), (7, SHARED), (77, SHARED), (600, SHARED)),
     ],
 )
 @pytest.mark.parametrize("load", ["random", "few experts", "one expert", "masked", "nobody"])
@@ -64,8 +66,8 @@ def test_the_smallest_layer_has_fewer_groups_than_a_ring_has_under_way(tokens, r
     check_layer(tokens, "random", ring, width=256, features=128)
 
 
-# The rings of 64, 128 and 256 tokens.
-@pytest.mark.parametrize("tokens", [64, 128, 256])
+# The rings of 16 to 256 tokens.
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("load", ["random", "one expert"])
 def test_the_rings_of_the_table(tokens, load):
     rings = mosaic.rings(8 * tokens, 128)
@@ -92,7 +94,21 @@ def check_layer(tokens, load, ring, width, features):
     assert (run(x, logits, mask, stacks, ring)[2] == y).all()
 
 
-@pytest.mark.parametrize("ring", [SMALL, ALONE])
+def test_tiles_shared_by_warpgroups_have_the_sums_of_those_that_are_not():
+    (up, down), *_ = layer()
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.standard_normal((77, WIDTH)), jnp.bfloat16)
+    live, weights = jnp.asarray(rng.integers(0, 2, (77, K)), jnp.int32), jnp.full((77, K), 1 / K)
+
+    def y(ring):
+        both = functools.partial(mosaic.run_experts, counts=None, gate_up=up, down=down, layer=1)
+        return jax.jit(functools.partial(both, up_ring=ring, down_ring=ring))(x, live, weights)
+
+    whole = np.asarray(y(dataclasses.replace(SHARED, shared=False)), np.float64)
+    assert 0 < relative(y(SHARED), whole) < ONE_ROUNDING
+
+
+@pytest.mark.parametrize("ring", [SMALL, ALONE, SHARED])
 def test_vmap_over_layers_of_tokens(ring):
     stacks, dense_up, dense_down = layer()
     rng = np.random.default_rng()

@@ -96,10 +96,17 @@ def test_what_is_near_in_the_other_tables():
     assert len(near) < len(cases) / 2
     assert {(case.product, case.load) for case in near} == {(case.product, case.load) for case in cases}
     made = {(case.product, case.load, tune_rings.ring_of(case)) for case in near if "ring" in case.product}
-    for load in (4, 8, 16, 32, 64, 256):
-        up, down = rings_of(load)
+    for load in (1, 2, 4, 8, 16, 32, 64, 256):
+        up, down = (dataclasses.replace(ring, shared=False) for ring in rings_of(load))
         assert ("ring_up", load * 128, up) in made
         assert ("ring_down", load * 128, dataclasses.replace(down, lag=2)) in made
+
+
+def test_turns_are_shared_up_to_the_same_load_as_in_the_table():
+    for row in RINGS["experts"]:
+        if row["up"] is not None:
+            shared = row["up"]["alone"] and row["load"] is not None and row["load"] <= tune_rings.MOST_SHARED
+            assert [row[name].get("shared", False) for name in ("up", "down")] == [shared] * 2
 
 
 def fake_timer(options, d, f, experts, top_k):
