@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_table import READ, device
 
-from ferrum_jax.cache import KVCache, init_cache
+from ferrum_jax.cache import DTYPES, KVCache, init_cache
 from ferrum_jax.cli.bench_roofline import decode_bytes
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
@@ -85,15 +85,23 @@ def random_tiles(cfg: ModelConfig, seed: int = 0) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(tile_all, abstract(cfg)), is_leaf=is_weight)
 
 
-def cache_of(cfg: ModelConfig, batch: int, context: int, slots: int) -> KVCache:
-    """A cache that holds `context` tokens of random keys and values per row."""
+def cache_of(cfg: ModelConfig, batch: int, context: int, slots: int, dtype: str | None = None) -> KVCache:
+    """A cache that holds `context` tokens of random keys and values per row, the same in every layer."""
+
+    def filled(empty: jax.Array) -> jax.Array:
+        key, shape = jax.random.key(1), empty.shape[1:]
+        if empty.dtype == jnp.int32:  # words of codes
+            return jnp.broadcast_to(jax.random.bits(key, shape, jnp.uint32).astype(jnp.int32), empty.shape)
+        return jnp.broadcast_to(jax.random.normal(key, shape).astype(empty.dtype), empty.shape)
 
     @jax.jit
     def make() -> KVCache:
-        empty = init_cache(cfg, batch, slots)
-        filled = jax.tree.map(lambda a: jax.random.normal(jax.random.key(1), a.shape[1:]).astype(a.dtype), empty)
-        k, v = (jnp.broadcast_to(a, e.shape) for a, e in ((filled.k, empty.k), (filled.v, empty.v)))
-        return dataclasses.replace(empty, k=k, v=v, lengths=jnp.full(batch, context, jnp.int32))
+        empty = init_cache(cfg, batch, slots, dtype)
+        full = dataclasses.replace(empty, k=filled(empty.k), v=filled(empty.v))
+        if empty.k_scale is not None:
+            scale = jnp.full(empty.k_scale.shape, 1 / 64, jnp.float32)
+            full = dataclasses.replace(full, k_scale=scale, v_scale=scale)
+        return dataclasses.replace(full, lengths=jnp.full(batch, context, jnp.int32))
 
     return make()
 
@@ -157,7 +165,9 @@ def kernels(run: Callable[[], None], steps: int) -> list[tuple[str, float, float
     ]
 
 
-def report_row(cfg: ModelConfig, params: Any, batch: int, context: int, live: float, milliseconds: float) -> dict:
+def report_row(
+    cfg: ModelConfig, params: Any, batch: int, context: int, live: float, milliseconds: float, dtype: str | None = None
+) -> dict:
     """A line as that of `ferrum-jax bench`.
 
     Args:
@@ -167,8 +177,9 @@ def report_row(cfg: ModelConfig, params: Any, batch: int, context: int, live: fl
       context: tokens of a row at the first step.
       live: the same, a mean of the steps that were timed.
       milliseconds: of a step.
+      dtype: of the cache.
     """
-    read = decode_bytes(cfg, params, batch, live)
+    read = decode_bytes(cfg, params, batch, live, cache_dtype=dtype)
     rate = READ.get(device())
     return {
         "batch": batch,
@@ -209,6 +220,7 @@ def main() -> None:
     parser.add_argument("--batches", type=numbers, default="1,4,16,64,256")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--cache-dtype", choices=DTYPES, default=None)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--profile", type=numbers, default="", help="batches whose kernels are listed")
     parser.add_argument("--rows", type=int, default=30, help="of a list of kernels")
@@ -241,7 +253,7 @@ def main() -> None:
 
     def compiled_for(case: tuple[int, int]) -> tuple[float, Any]:
         batch, count = case
-        given = inputs(batch, jax.eval_shape(lambda: init_cache(cfg, batch, args.slots)))
+        given = inputs(batch, jax.eval_shape(lambda: init_cache(cfg, batch, args.slots, args.cache_dtype)))
         function = partial(decode_steps, partial(prefill, cfg=cfg), plan, count)
         step = jax.jit(function, donate_argnames=("cache", "state"))
         began = time.perf_counter()
@@ -252,13 +264,13 @@ def main() -> None:
     with ThreadPoolExecutor(8) as pool:
         programs = dict(zip(cases, pool.map(compiled_for, cases), strict=True))
     for (batch, count), (seconds, compiled) in programs.items():
-        given = inputs(batch, cache_of(cfg, batch, args.context, args.slots))
+        given = inputs(batch, cache_of(cfg, batch, args.context, args.slots, args.cache_dtype))
         queue = Queue(compiled, params, count, given["going"], given["cache"], given["state"])
         steps = min(args.steps, (args.slots - args.context) // 6 - 2 * count)
         milliseconds = queue.milliseconds(steps)
         # One dispatch comes before five runs that are timed.
         live = args.context + count + 2.5 * max(1, steps // count) * count
-        rows.append(report_row(cfg, params, batch, args.context, live, milliseconds))
+        rows.append(report_row(cfg, params, batch, args.context, live, milliseconds, args.cache_dtype))
         print(
             f"batch {batch:4}, {count} steps a dispatch: {milliseconds:7.3f} ms a step, "
             f"{batch / milliseconds * 1e3:8.0f} tok/s (compiled in {seconds:.1f} s)",

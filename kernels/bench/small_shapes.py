@@ -196,7 +196,8 @@ def sums(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
         np.asarray(z, np.float32) for z in (x, y, total, norm, scale[1], router[1])
     )
     expected = total32 / np.sqrt((total32**2).mean(-1, keepdims=True) + 1e-6) * factor
-    return max(error(total, a + b), error(norm, expected), error(logits, norm32 @ matrix.T))
+    found = np.asarray(logits).reshape(-1, tokens, EXPERTS).sum(0)  # of many tokens they come in parts
+    return max(error(total, a + b), error(norm, expected), error(found, norm32 @ matrix.T))
 
 
 def filters(rng: np.random.Generator, kind: tuple, rows: int) -> float:
@@ -282,7 +283,7 @@ def on_the_gpu(x: np.ndarray) -> jax.Array:
     return jax.device_put(x.astype(jnp.bfloat16))
 
 
-def error(actual: jax.Array, expected: np.ndarray) -> float:
+def error(actual: jax.Array | np.ndarray, expected: np.ndarray) -> float:
     """||actual - expected|| / ||expected||."""
     return float(np.linalg.norm(np.asarray(actual).astype(np.float32) - expected) / max(np.linalg.norm(expected), 1e-9))
 

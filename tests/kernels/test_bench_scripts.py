@@ -155,6 +155,19 @@ def test_a_report_of_gpu_decode_can_be_drawn(tmp_path: Path, monkeypatch: pytest
     assert row["roofline_tokens_per_second"] == 4 * 3.1e12 / (row["weight_bytes"] + row["live_cache_bytes"])
     made = module.report(cfg, path, [row], 0.0)
     assert "measured, context 16" in words(script("plot_throughput").draw(made))
+    codes = module.report_row(cfg, params, 4, 16, 20.0, 2.0, "int8")
+    assert codes["live_cache_bytes"] == 2 * 2 * (32 + 4) * 20 * 4  # a scale of 4 bytes with each 32 codes
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_cache_of_gpu_decode_holds_different_numbers_of_each_token(dtype: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "sizes.toml"
+    path.write_text(SIZES)
+    cache = script("gpu_decode").cache_of(load_toml_config(path), 3, 5, 8, dtype)
+    assert cache.dtype == (dtype or "bfloat16") and cache.lengths.tolist() == [5] * 3
+    heads = np.asarray(cache.k[0].astype("float32")).reshape(3 * 8, -1)
+    assert len(np.unique(heads, axis=0)) == 3 * 8
+    assert dtype is None or bool((cache.k_scale > 0).all() and (cache.v_scale > 0).all())
 
 
 @pytest.mark.parametrize(
