@@ -68,10 +68,11 @@ def add_norm_next(
         after = jnp.int32(1) + (0 if layer is None else layer)
         return total, rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps), after
 
-    def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
+    def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, y, weight = activations
-        *out, after = triton_norm.add_norm(*folded(x, y), weight, layer, cfg.rms_norm_eps, triton.is_interpreted())
-        return *(a.reshape(x.shape) for a in out), after.reshape(())
+        given = *folded(x, y), weight, layer, cfg.rms_norm_eps
+        total, norm, after = triton_norm.add_norm(*given, triton.is_interpreted())
+        return total.reshape(x.shape), norm.reshape(x.shape), after.reshape(())
 
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
     if isinstance(y, Pairs):
