@@ -15,6 +15,7 @@ from ferrum_jax.kernels import default_implementation, gptq_matmul, is_weight
 from ferrum_kernels import cpu, mosaic, triton, triton_norm, triton_parts
 from ferrum_kernels.contract import einsum
 from ferrum_kernels.derivatives import differentiable
+from ferrum_kernels.pairs import Pairs
 
 
 def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*lead D"]:
@@ -39,13 +40,13 @@ def rms_norm(x: Float[Array, "*lead D"], weight: Float[Array, " D"], eps: float)
 
 
 def add_norm(
-    x: jax.Array, y: jax.Array, weight: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None = None
+    x: jax.Array, y: jax.Array | Pairs, weight: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """x + y, and the RMS norm of that.
 
     Args:
       x: the residual stream [..., D].
-      y: what a branch adds to it, or parts of that from `linear_parts`.
+      y: what a branch adds to it, parts of that from `linear_parts`, or pairs from `moe.moe_layer`.
       weight: [D]; a stack [L, D] of them when `layer` is given.
       cfg: its rms_norm_eps; its `implementation` chooses the kernel.
       layer: index into the stack.
@@ -53,18 +54,29 @@ def add_norm(
     Returns:
       (sum, norm), both [..., D] in x.dtype.
     """
+    return add_norm_next(x, y, weight, cfg, layer)[:2]
 
-    def specified(activations: tuple, layer: Any) -> tuple[jax.Array, jax.Array]:
+
+def add_norm_next(
+    x: jax.Array, y: jax.Array | Pairs, weight: jax.Array, cfg: ModelConfig, layer: jax.Array | int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`add_norm`, and int32 the number of the layer after this one, which kernels count up by the way."""
+
+    def specified(activations: tuple, layer: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, y, weight = activations
         total = added(x, y)
-        return total, rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps)
+        after = jnp.int32(1) + (0 if layer is None else layer)
+        return total, rms_norm(total, at_layer(weight, layer), cfg.rms_norm_eps), after
 
-    def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, ...]:
+    def kernel(activations: tuple, layer: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, y, weight = activations
-        out = triton_norm.add_norm(*folded(x, y), weight, layer, cfg.rms_norm_eps, triton.is_interpreted())
-        return tuple(a.reshape(x.shape) for a in out)
+        given = *folded(x, y), weight, layer, cfg.rms_norm_eps
+        total, norm, after = triton_norm.add_norm(*given, triton.is_interpreted())
+        return total.reshape(x.shape), norm.reshape(x.shape), after.reshape(())
 
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    if isinstance(y, Pairs):
+        return kernel((x, y, weight), index)
     if uses_triton(cfg) and triton_norm.takes(x, weight) and (y.ndim > x.ndim or y.dtype == x.dtype):
         return differentiable(kernel, specified)((x, y, weight), index)
     return specified((x, y, weight), index)
@@ -79,8 +91,10 @@ def added(x: jax.Array, y: jax.Array) -> jax.Array:
     return x + y if y.ndim == x.ndim else (x.astype(jnp.float32) + jnp.sum(y, axis=0)).astype(x.dtype)
 
 
-def folded(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A residual stream [..., D] and what is added to it as rows: [T, D], and [T, D] or [parts, T, D]."""
+def folded(x: jax.Array, y: Any) -> tuple[jax.Array, Any]:
+    """A residual stream [..., D] and what is added to it as rows: [T, D], and [T, D], [parts, T, D] or pairs."""
+    if isinstance(y, Pairs):
+        return x.reshape(-1, x.shape[-1]), y
     lead = y.shape[: y.ndim - x.ndim]
     return x.reshape(-1, x.shape[-1]), y.reshape(*lead, -1, y.shape[-1])
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.errors import BackendError, CapacityError, RequestError, ShapeError
-from ferrum_jax.layers import add_norm, attention, implementation_of, linear, linear_parts, rms_norm, uses_cpu_kernels
+from ferrum_jax.layers import attention, implementation_of, linear, linear_parts, rms_norm, uses_cpu_kernels
 from ferrum_jax.moe import Routing
 from ferrum_jax.paged import Cache, PagedCache, put, room, rows
 from ferrum_jax.rope import apply_rope, rope_frequencies, rope_tables
@@ -72,8 +72,7 @@ def forward(params: Params, tokens: Int[Array, "B T"], cfg: ModelConfig, *, with
         return attention(q, k, v, _visible(positions, positions, at.window)), state
 
     embedded = _embed(params, tokens, cfg)
-    x, y, _, seen = run_layers(params, embedded, None, cfg, attend, None, with_aux)
-    _, y = add_norm(x, y, params["norm"], cfg)
+    _, y, _, seen = run_layers(params, embedded, None, cfg, attend, None, with_aux)
     logits = _logits(params, y, cfg)
     if not with_aux:
         return logits
@@ -165,12 +164,10 @@ def _extend(
 
     x = _embed(params, tokens, cfg)
     mask = offsets < lengths[:, None]
-    x, y, (cache, _), _ = run_layers(params, x, mask, cfg, attend, (cache, arrived), False)
+    _, y, (cache, _), _ = run_layers(params, x, mask, cfg, attend, (cache, arrived), False)
     if length > 1:
-        last = jnp.clip(lengths - 1, 0)[:, None, None]
-        x, y = (jnp.take_along_axis(part, last, axis=1) for part in (x, y))
-    _, y = add_norm(x[:, 0], y[:, 0], params["norm"], cfg)
-    logits = jnp.where(possible[:, None], _logits(params, y, cfg), jnp.nan)
+        y = jnp.take_along_axis(y, jnp.clip(lengths - 1, 0)[:, None, None], axis=1)
+    logits = jnp.where(possible[:, None], _logits(params, y[:, 0], cfg), jnp.nan)
     return logits, dataclasses.replace(cache, lengths=total)
 
 

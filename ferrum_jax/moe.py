@@ -35,6 +35,7 @@ from ferrum_kernels import cpu, mosaic, triton, triton_norm
 from ferrum_kernels.blocks import dispatch as dispatch
 from ferrum_kernels.derivatives import differentiable
 from ferrum_kernels.ops import resolve
+from ferrum_kernels.pairs import Pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,8 @@ def moe_layer(
     block: int | None = None,
     logits: jax.Array | None = None,
     arrived: jax.Array | None = None,
-) -> tuple[Float[Array, "*lead D"], Routing]:
+    whole: bool = True,
+) -> tuple[Any, Routing]:
     """One mixture-of-experts layer: route, dispatch, run the live experts, combine.
 
     Args:
@@ -223,9 +225,11 @@ def moe_layer(
       logits: the router's [..., E], or parts of them, as of `add_norm_route`; None: to be computed.
       arrived: the counter, zero, that `add_norm_route` of this layer gave, with which GPU kernels need one launch less;
         or None.
+      whole: add a token's experts up; else kernels may leave that to `layers.add_norm`, and nothing is differentiable.
 
     Returns:
-      ([..., D] in x.dtype, Routing with the same leading axes). Differentiable with respect to x and the router.
+      ([..., D] in x.dtype or Pairs, Routing with the same leading axes). Differentiable with respect to x and the
+      router.
 
     >>> import ferrum_jax as fj
     >>> model = fj.load("demo")
@@ -241,11 +245,11 @@ def moe_layer(
     if block is None and tokens.shape[0] and _fits_cpu_kernels(params["experts"], cfg):
         y, routing = _on_cpu_kernels(params, tokens, cfg, layer, mask)
     elif block is None and tokens.shape[0] and _fits_triton(params["experts"], cfg):
-        y, routing = _on_triton(params, tokens, cfg, layer, mask, known, arrived)
+        y, routing = _on_triton(params, tokens, cfg, layer, mask, known, arrived, whole)
     else:
         y, routing = _step_by_step(params, tokens, cfg, layer, mask, block, known)
     routing = jax.tree.map(lambda leaf: leaf.reshape(*lead, leaf.shape[-1]), routing)
-    return y.astype(x.dtype).reshape(x.shape), routing
+    return (y if isinstance(y, Pairs) else y.astype(x.dtype).reshape(x.shape)), routing
 
 
 def _step_by_step(
@@ -304,7 +308,8 @@ def _on_triton(
     mask: jax.Array | None,
     logits: jax.Array | None,
     arrived: jax.Array | None,
-) -> tuple[jax.Array, Routing]:
+    whole: bool,
+) -> tuple[Any, Routing]:
     """The same layer in two to five kernels after the router's product."""
     backend = mosaic if implementation_of(cfg) == mosaic.NAME else triton
     backend.check(*params["experts"].values())
@@ -314,11 +319,11 @@ def _on_triton(
     logits = _router_logits(params["router"], x, portable, layer) if logits is None else logits
     live_tokens = None if mask is None else mask.reshape(-1)
 
-    def layer_of(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
+    def layer_of(activations: tuple, constants: tuple) -> tuple[Any, ...]:
         x, logits = activations
         mask, experts, layer, arrived = constants
         rest = cfg.top_k, cfg.norm_topk_prob, experts["gate_up"], experts["down"], layer, arrived
-        return backend.routed_experts(x, logits, mask, *rest)[:3]
+        return backend.routed_experts(x, logits, mask, *rest, whole)[:3]
 
     def layer_specified(activations: tuple, constants: tuple) -> tuple[jax.Array, ...]:
         x, logits = activations
@@ -329,7 +334,8 @@ def _on_triton(
         return y, routing.experts, routing.weights
 
     constants = live_tokens, params["experts"], index, arrived
-    y, chosen, weights = differentiable(layer_of, layer_specified)((x, logits), constants)
+    run = differentiable(layer_of, layer_specified) if whole else layer_of
+    y, chosen, weights = run((x, logits), constants)
     return y, Routing(_whole(logits), chosen, weights)
 
 

@@ -2,7 +2,7 @@
 
 Expert stacks go into the scan whole, with the layer number as an index, because slicing a layer out would copy all its
 experts at every step. What a branch adds to the residual stream is added by the norm that comes next, in one kernel
-where there is one.
+where there is one; so a layer ends with the first norm of the next one, or the model's last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax import lax
 
 from ferrum_jax.config import ModelConfig
 from ferrum_jax.kernels import MixedStack, is_weight
-from ferrum_jax.layers import add_norm, linear_parts, mlp, uses_triton
+from ferrum_jax.layers import add_norm, add_norm_next, linear_parts, mlp, uses_triton
 from ferrum_jax.moe import add_norm_route, moe_layer, router_rows
 
 Params = dict[str, Any]
@@ -48,7 +48,7 @@ Attend = Callable[[Params, jax.Array, Any, Place], tuple[jax.Array, Any]]
 def run_layers(
     params: Params, x: jax.Array, mask: jax.Array | None, cfg: ModelConfig, attend: Attend, state: Any, with_aux: bool
 ) -> tuple[jax.Array, jax.Array, Any, list[tuple[Any, Any]]]:
-    """Run all layers, except for the sum after the last one.
+    """Run all layers, and the norm after the last one.
 
     Args:
       params: the model's pytree.
@@ -60,24 +60,27 @@ def run_layers(
       with_aux: also return hidden states and routing.
 
     Returns:
-      The residual stream and what the last branch adds to it, both [B, T, D]; the state; and for each run of layers
-      (hidden [layers, B, T, D], Routing), or (None, None).
+      The residual stream and its norm, both [B, T, D]; the state; and for each run of layers (hidden
+      [layers, B, T, D], Routing), or (None, None).
     """
     if mask is not None and uses_triton(cfg):
         mask = mask.astype(jnp.int32)  # as the kernels take it: here once, not in every layer
-    y, seen, start = jnp.zeros_like(x), [], 0
-    for run in params["layers"]:
+    runs, seen, start = params["layers"], [], 0
+    x, h = add_norm(x, jnp.zeros_like(x), runs[0]["input_norm"], cfg, 0)
+    one = uses_triton(cfg) and x.shape[1] == 1
+    step = one and mask is not None  # not `forward` of one token, which is differentiable
+    for run, following in zip(runs, [*(later["input_norm"][0] for later in runs[1:]), params["norm"]], strict=True):
         count = run["input_norm"].shape[0]
+        norms = jnp.concatenate([run["input_norm"][1:], following[None]])
         routers = router_rows(run["moe"]["router"], x, cfg) if "moe" in run else None
 
         def body(
-            carry: tuple, _: None, run: Params = run, start: int = start, routers: Any = routers
+            carry: tuple, _: None, run: Params = run, start: int = start, routers: Any = routers, norms: Any = norms
         ) -> tuple[tuple, tuple]:
-            index, x, y, state = carry
+            index, x, h, state = carry
             at = Place(index, start + index, _window(cfg, start + index), run)
             p = take_layer(run, index)
             with jax.named_scope("attention"):
-                x, h = add_norm(x, y, run["input_norm"], cfg, index)
                 y, state = attend(p["attn"], h, state, at)
                 y = y.reshape(*x.shape[:2], -1)
                 y = linear_parts(y, p["attn"]["o"], cfg, p["attn"].get("o_bias"), layer=index)
@@ -85,19 +88,21 @@ def run_layers(
             if "moe" in p:
                 with jax.named_scope("moe"):
                     x, h, logits, arrived = add_norm_route(x, y, run["post_norm"], routers, cfg, index)
-                    y, routing = moe_layer(p["moe"], h, cfg, layer=index, mask=mask, logits=logits, arrived=arrived)
+                    given = {"layer": index, "mask": mask, "logits": logits, "arrived": arrived}
+                    y, routing = moe_layer(p["moe"], h, cfg, **given, whole=not step)
             else:
                 with jax.named_scope("mlp"):
                     x, h = add_norm(x, y, run["post_norm"], cfg, index)
                     y = mlp(p["mlp"], h, cfg, index)
-            return (index + 1, x, y, state), ((x + y, routing) if with_aux else (None, None))
+            x, h, after = add_norm_next(x, y, norms, cfg, index)
+            return (after, x, h, state), ((x, routing) if with_aux else (None, None))
 
         # The loop's own work is a few launches, which weigh where a layer is a few.
-        unroll = UNROLL if uses_triton(cfg) and x.shape[1] == 1 else 1
-        (_, x, y, state), ys = lax.scan(body, (jnp.int32(0), x, y, state), None, length=count, unroll=unroll)
+        unroll = UNROLL if one else 1
+        (_, x, h, state), ys = lax.scan(body, (jnp.int32(0), x, h, state), None, length=count, unroll=unroll)
         seen.append(ys)
         start += count
-    return x, y, state, seen
+    return x, h, state, seen
 
 
 def _window(cfg: ModelConfig, layer: jax.Array) -> jax.Array:

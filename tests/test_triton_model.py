@@ -16,6 +16,7 @@ from ferrum_jax.config import QuantConfig
 from ferrum_jax.params import abstract
 from ferrum_kernels import TiledLinear, is_weight, triton, triton_parts, triton_tiles
 from ferrum_kernels.errors import BackendError
+from ferrum_kernels.pairs import Pairs
 from ferrum_kernels.tiles import tile_all
 from tests.support.tiny import forward, tiny_config
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda, relative
@@ -59,6 +60,22 @@ def test_a_moe_layer_equals_the_portable_one(demo, tokens):
     np.testing.assert_allclose(found.weights, routing.weights, rtol=1e-5)
     assert y.dtype == jnp.bfloat16
     assert relative(y, np.asarray(expected, np.float64)) < 5e-3
+
+
+def test_pairs_that_the_next_norm_adds_up_are_the_layer(demo):
+    cfg, _, tiled = demo
+    cfg = dataclasses.replace(cfg, implementation="triton")
+    x, stream = jnp.asarray(np.random.default_rng(2).standard_normal((2, 40, 1, cfg.hidden_size)), jnp.bfloat16)
+    mask = (jnp.arange(40) != 5)[:, None]
+    weight = jnp.ones((2, cfg.hidden_size), jnp.bfloat16)
+    with triton.interpreted():
+        whole, _ = fj.moe_layer(tiled, x, cfg, mask=mask)
+        pairs, _ = fj.moe_layer(tiled, x, cfg, mask=mask, whole=False)
+        found = layers.add_norm_next(stream, pairs, weight, cfg, jnp.int32(0))
+        expected = layers.add_norm_next(stream, whole, weight, cfg, jnp.int32(0))
+    assert isinstance(pairs, Pairs) and int(found[2]) == int(expected[2]) == 1
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert one.shape == x.shape and relative(one, np.asarray(other, np.float64)) < 5e-3
 
 
 def test_its_gradient_is_the_portable_one(demo):

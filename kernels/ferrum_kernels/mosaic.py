@@ -18,6 +18,7 @@ from ferrum_kernels import triton, triton_dialect, triton_place, triton_tiles
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.mosaic_matmul import Ring, multiprocessors, product
+from ferrum_kernels.pairs import Pairs
 from ferrum_kernels.tiles import TiledLinear
 from ferrum_kernels.triton_matmul import Rows
 
@@ -113,7 +114,8 @@ def routed_experts(
     down: TiledLinear,
     layer: Any,
     arrived: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    whole: bool = True,
+) -> tuple[Any, jax.Array, jax.Array, jax.Array | None]:
     """A whole layer, as `triton.routed_experts`.
 
     Args:
@@ -126,19 +128,21 @@ def routed_experts(
       down: [E, F, D], or [L, E, F, D].
       layer: index into the stacks, or None.
       arrived: int32 [1], zero, with which some tokens are routed and placed by one kernel; None: by two.
+      whole: add a token's pairs up; else they may come as Pairs.
 
     Returns:
-      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K], and arrived, zero again. silu(gate) * up and a
-      pair's output are rounded to x.dtype; sums are float32.
+      [T, D] in x.dtype or Pairs, experts int32 [T, K], weights float32 [T, K], and arrived, zero again. silu(gate) * up
+      and a pair's output are rounded to x.dtype; sums are float32.
     """
     how = rings(x.shape[0] * top_k, down.num_experts) if takes(x, gate_up, down) else None
     if how is None:
-        return triton.routed_experts(x, logits, mask, top_k, norm, gate_up, down, layer, arrived)
+        return triton.routed_experts(x, logits, mask, top_k, norm, gate_up, down, layer, arrived, whole)
     blocks = max_blocks(x.shape[0] * top_k, down.num_experts, how[0].block)
     chosen, weights, live, places, arrived = triton_place.route_and_place(
         logits, mask, arrived, top_k, norm, how[0].columns, blocks, False
     )
-    return _run(x, live, weights, places, gate_up, down, layer, *how), chosen, weights, arrived
+    y = _run(x, live, weights, places, gate_up, down, layer, *how)
+    return (y.whole().astype(x.dtype) if whole else y), chosen, weights, arrived
 
 
 def run_experts(
@@ -157,7 +161,7 @@ def run_experts(
     blocks = max_blocks(live.size, num_experts, up_ring.block)
     counts = triton.count(live, num_experts) if counts is None else counts
     places = triton_place.place(live, counts, num_experts, up_ring.columns, blocks, False)
-    return _run(x, live, weights, places, gate_up, down, layer, up_ring, down_ring)
+    return _run(x, live, weights, places, gate_up, down, layer, up_ring, down_ring).whole().astype(x.dtype)
 
 
 def _run(
@@ -170,7 +174,7 @@ def _run(
     layer: Any,
     up_ring: Ring,
     down_ring: Ring,
-) -> jax.Array:
+) -> Pairs:
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
     order, *tables = places
     block = up_ring.block
@@ -178,7 +182,7 @@ def _run(
     # Between the products a block's rows begin at a multiple of the block: a tile copied at once begins at no other.
     h = product(x, gate_up, index, rows, tables[0].shape[0] * block, up_ring, gated=True, pairs_per_row=live.shape[1])
     y = product(h, down, index, rows, live.size, down_ring, by_pair=True)
-    return triton.add_pairs(y, live, down.num_experts, weights).astype(x.dtype)
+    return Pairs(y, live, weights, down.num_experts)
 
 
 LEAST_ROWS = 512  # of a product with one matrix; fewer stay with Triton

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from ferrum_kernels import triton_dialect, triton_few, triton_place, triton_rout
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.packed import PackedLinear
+from ferrum_kernels.pairs import Pairs
 from ferrum_kernels.tiles import TiledLinear, cannot_tile
 from ferrum_kernels.triton_few import Cut
 from ferrum_kernels.triton_matmul import Rows, product
@@ -221,7 +221,7 @@ def experts(
     counts = count(live, down.num_experts) if counts is None else counts
     sizes, blocks = _blocks(live.size, down.num_experts)
     places = triton_place.place(live, counts, down.num_experts, sizes, blocks, _interpret.get())
-    return _experts_in_blocks(x, live, weights, places, gate_up, down, layer)
+    return _experts_in_blocks(x, live, weights, places, gate_up, down, layer).whole().astype(x.dtype)
 
 
 def routed_experts(
@@ -234,7 +234,8 @@ def routed_experts(
     down: TiledLinear,
     layer: Any,
     arrived: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    whole: bool = True,
+) -> tuple[Any, jax.Array, jax.Array, jax.Array | None]:
     """`route` and `experts` in one: with few tokens the first kernel of the experts chooses them.
 
     Args:
@@ -245,15 +246,17 @@ def routed_experts(
       norm: rescale the K weights to sum to one.
       gate_up, down, layer: as in `experts`.
       arrived: int32 [1], zero, with which some tokens are routed and placed by one kernel; None: by two.
+      whole: add a token's pairs up; else they may come as Pairs.
 
     Returns:
-      [T, D] in x.dtype, experts int32 [T, K], weights float32 [T, K], and arrived, zero again.
+      [T, D] in x.dtype or Pairs, experts int32 [T, K], weights float32 [T, K], and arrived, zero again.
     """
     cuts = few_cuts(x.shape[0] * top_k, top_k, down.num_experts, gate_up, down)
     if cuts is None:
         how = top_k, norm, *_blocks(x.shape[0] * top_k, down.num_experts), _interpret.get()
         chosen, weights, live, places, arrived = triton_place.route_and_place(logits, mask, arrived, *how)
-        return _experts_in_blocks(x, live, weights, places, gate_up, down, layer), chosen, weights, arrived
+        y = _experts_in_blocks(x, live, weights, places, gate_up, down, layer)
+        return (y.whole().astype(x.dtype) if whole else y), chosen, weights, arrived
     if gate_up.perm is not None or gate_up.num_experts > triton_few.MOST_LANES:
         chosen, weights, live, counts = route(logits, mask, top_k, norm)
         return experts(x, live, weights, counts, gate_up, down, layer), chosen, weights, arrived
@@ -294,7 +297,7 @@ def _experts_in_blocks(
     gate_up: TiledLinear,
     down: TiledLinear,
     layer: Any,
-) -> jax.Array:
+) -> Pairs:
     """`experts` by blocks of an expert's pairs, of which `triton_place.place` gives the places."""
     interpret = _interpret.get()
     tokens, top_k = live.shape
@@ -327,21 +330,7 @@ def _experts_in_blocks(
     dtype = x.dtype if pairs >= MANY_PAIRS else jnp.float32
     weight = weights.astype(jnp.float32).reshape(-1)
     y = run(h, down, down_block, down_tile, dtype, weights=weight, pairs_per_row=int(by_pair), by_pair=True)
-    return add_pairs(y[:, : down.n_per_expert], live, num_experts).astype(x.dtype)
-
-
-def add_pairs(y: jax.Array, live: jax.Array, num_experts: int, weights: jax.Array | None = None) -> jax.Array:
-    """float32 [T, D], each token's pairs [T * K, D] added up, nobody's as zero; weights [T, K] or None."""
-    y = y.reshape(*live.shape, -1)
-    real = (live >= 0) & (live < num_experts)
-
-    def pair(k: int) -> jax.Array:
-        one = y[:, k].astype(jnp.float32)
-        one = one if weights is None else one * weights[:, k, None].astype(jnp.float32)
-        return jnp.where(real[:, k, None], one, 0.0)
-
-    # Not as a reduction, for which XLA reads one number at a time.
-    return functools.reduce(jnp.add, map(pair, range(live.shape[1])))
+    return Pairs(y[:, : down.n_per_expert], live, None, num_experts)
 
 
 MANY_PAIRS = 4096  # from here on a pair's output is written in 16 bits: writing it would take a tenth of the time

@@ -1,6 +1,7 @@
 """Sums and norms between the branches of a layer on the Triton backend: one kernel where XLA makes several.
 
-`add_norm` adds a branch's output to the residual stream and normalises the sum. `add_norm_route` gives the router's
+`add_norm` adds a branch's output to the residual stream and normalises the sum; the output may come in parts or, of
+experts, in pairs. `add_norm_route` gives the router's
 logits of the normed sum too; for few tokens in the same kernel: its programs share the experts, and each normalises
 the tokens again, which is cheaper than another kernel. Vectors and routers come as stacks with a layer number, so
 nothing is sliced.
@@ -15,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_kernels.pairs import Pairs
 from ferrum_kernels.triton_call import call
 from ferrum_kernels.triton_route import power
 
 FEW = 4  # tokens up to which one kernel gives the router's logits too; more go to the matrix units
 COLUMNS = 4  # experts of a program of that kernel
 DTYPES = (jnp.bfloat16, jnp.float16)
-COUNTER = jax.ShapeDtypeStruct((1,), jnp.int32)
+NUMBER = jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 def takes(x: jax.Array, *others: jax.Array) -> bool:
@@ -36,43 +38,47 @@ def _stack(array: jax.Array, layer: Any, rank: int) -> tuple[jax.Array, jax.Arra
 
 
 def add_norm(
-    x: jax.Array, y: jax.Array, weight: jax.Array, layer: Any, eps: float, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
+    x: jax.Array, y: jax.Array | Pairs, weight: jax.Array, layer: Any, eps: float, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x + y in x.dtype, and its RMS norm computed from that in float32.
 
     Args:
       x: bfloat16 or float16 [T, D].
-      y: any float [T, D], or parts [P, T, D] of a sum, as `triton_rows.product` leaves them.
+      y: any float [T, D], parts [P, T, D] of a sum, as `triton_rows.product` leaves them, or pairs of experts.
       weight: [D], or [L, D] with `layer`.
       layer: index into the stack, or None.
       eps: added to the mean square.
       interpret: run without a GPU.
 
     Returns:
-      (sum, norm), both [T, D] in x.dtype.
+      (sum, norm), both [T, D] in x.dtype, and int32 [1], the number of the layer after this one: made here it is no
+      launch of its own.
     """
 
     tokens, d = x.shape
     stack, index = _stack(weight, layer, 1)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     # Of parts a thread has so few numbers that their loads are all under way at once.
-    warps = 4 if d <= 1024 else 8 if y.ndim == 2 else 16
-    kernel = functools.partial(_norm_kernel, d, eps, interpret)
-    return call(kernel, (x, y, stack, index), (out, out), (tokens,), "add_norm", warps=warps, interpret=interpret)
+    many = isinstance(y, Pairs) or y.ndim > 2
+    warps = 4 if d <= 1024 else 16 if many else 8
+    branch, tree = jax.tree.flatten(y)
+    kernel = functools.partial(_norm_kernel, d, eps, interpret, tree)
+    given = (x, stack, index, *branch)
+    return call(kernel, given, (out, out, NUMBER), (tokens,), "add_norm", warps=warps, interpret=interpret)
 
 
-def _norm_kernel(
-    d: int, eps: float, interpret: bool, x: Any, y: Any, weight: Any, layer: Any, total: Any, normed: Any
-) -> None:
+def _norm_kernel(d: int, eps: float, interpret: bool, tree: Any, x: Any, weight: Any, layer: Any, *refs: Any) -> None:
     from jax.experimental import pallas as pl
 
+    *branch, total, normed, after = refs
     row = pl.program_id(0)
     lane, here = _some(0, power(d), d, interpret)
     w = _load(weight, (layer[0], lane), here)  # first, as a load is not moved across the sum's barriers
-    summed = _sum(x, y, row, lane, here)
+    summed = _sum(x, jax.tree.unflatten(tree, branch), row, lane, here)
     scale = lax.rsqrt(jnp.sum(summed * summed) / d + eps)
     _store(total, (row, lane), summed, here)
     _store(normed, (row, lane), summed * scale * w, here)
+    pl.when(row == 0)(lambda: _set(after, layer[0] + 1))
 
 
 def add_norm_route(
@@ -90,7 +96,7 @@ def add_norm_route(
       two 16-bit floats are exact in the float32 sum.
     """
     if x.shape[0] > FEW:
-        total, norm = add_norm(x, y, weight, layer, eps, interpret)
+        total, norm, _ = add_norm(x, y, weight, layer, eps, interpret)
         return total, norm, *_route(norm, router, layer, interpret)
 
     tokens, d = x.shape
@@ -101,7 +107,7 @@ def add_norm_route(
     return call(
         functools.partial(_few_kernel, d, experts, tokens, eps, interpret),
         (x, y, weights, routers, index),
-        (stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32), COUNTER),
+        (stream, stream, jax.ShapeDtypeStruct((tokens, experts), jnp.float32), NUMBER),
         (-(-experts // COLUMNS),),
         "add_norm_route",
         warps=_few_warps(d),
@@ -136,11 +142,11 @@ def _few_kernel(d: int, experts: int, rows: int, eps: float, interpret: bool, *r
             _store(normed, (row, lane), norm, here)
 
         pl.when(first == 0)(keep)
-    pl.when(first == 0)(lambda: _clear(arrived))
+    pl.when(first == 0)(lambda: _set(arrived, 0))
 
 
-def _clear(arrived: Any) -> None:
-    arrived[0] = jnp.int32(0)
+def _set(number: Any, value: Any) -> None:
+    number[0] = jnp.int32(value)
 
 
 def logit_parts(tokens: int) -> int:
@@ -162,7 +168,7 @@ def _route(x: jax.Array, router: jax.Array, layer: Any, interpret: bool) -> tupl
     logits, arrived = call(
         functools.partial(_route_kernel, size, interpret),
         (x, routers, index),
-        (jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32), COUNTER),
+        (jax.ShapeDtypeStruct((parts, tokens, experts), jnp.float32), NUMBER),
         (-(-experts // size), -(-tokens // size), parts),
         "router",
         warps=4,
@@ -192,7 +198,7 @@ def _route_kernel(size: int, interpret: bool, x: Any, router: Any, layer: Any, l
 
     sums = lax.fori_loop(0, -(-each // width), multiply, jnp.zeros((size, size), jnp.float32))
     _store(logits, (part, token[:, None], expert[None, :]), sums, seen[:, None] & real[None, :])
-    pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0) & (part == 0))(lambda: _clear(arrived))
+    pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0) & (part == 0))(lambda: _set(arrived, 0))
 
 
 def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -203,12 +209,21 @@ def _some(start: Any, size: int, limit: int, interpret: bool) -> tuple[jax.Array
 
 
 def _sum(x: Any, y: Any, row: Any, lane: Any, mask: jax.Array) -> jax.Array:
-    """float32 values of x + y as x.dtype holds them; parts of y are added up one after the other first."""
-    if len(y.shape) == 2:
+    """float32 values of x + y as x.dtype holds them; parts or pairs of y are added up one after the other first."""
+    if isinstance(y, Pairs):
+        branch = functools.reduce(jnp.add, [_pair(y, row, k, lane, mask) for k in range(y.live.shape[1])])
+    elif len(y.shape) == 2:
         branch = _load(y, (row, lane), mask)
     else:
         branch = functools.reduce(jnp.add, [_load(y, (part, row, lane), mask) for part in range(y.shape[0])])
     return (_load(x, (row, lane), mask) + branch).astype(x.dtype).astype(jnp.float32)
+
+
+def _pair(y: Pairs, row: Any, k: int, lane: Any, mask: jax.Array) -> jax.Array:
+    """One pair of a token; nobody's is read as well, so that reading does not wait for whose it is."""
+    value, expert = _load(y.values, (row * y.live.shape[1] + k, lane), mask), y.live[row, k]
+    value = value if y.weights is None else value * y.weights[row, k]
+    return jnp.where((expert >= 0) & (expert < y.num_experts), value, 0.0)
 
 
 def _load(ref: Any, index: tuple, mask: jax.Array, dtype: Any = jnp.float32) -> jax.Array:

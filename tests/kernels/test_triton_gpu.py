@@ -19,6 +19,7 @@ from ferrum_jax.sampling_filters import draw_best, keep_best
 from ferrum_jax.sampling_stages import gumbel
 from ferrum_kernels import gptq_matmul, tile, triton, triton_norm, triton_parts, triton_place, triton_rows
 from ferrum_kernels.blocks import max_blocks
+from ferrum_kernels.pairs import Pairs
 from ferrum_kernels.tiles import TiledLinear
 from tests.support.bench_scripts import script
 from tests.support.gptq_cases import make_linear, make_stack
@@ -331,7 +332,7 @@ def check_parts(rng, rows, dtype, *, k, n, **dialect):
     def run(x, stream, tiled, layer):
         y = triton_parts.product(x, tiled, layer)
         weight = jnp.ones((2, n), dtype)
-        return y, *triton_norm.add_norm(stream, y, weight, layer, 1e-6, False)
+        return y, *triton_norm.add_norm(stream, y, weight, layer, 1e-6, False)[:2]
 
     y, total, norm = run(x, stream, tiled, jnp.int32(1))
     assert y.shape == (count, rows, n) and relative(y.sum(0), exact) < 1e-4
@@ -339,6 +340,25 @@ def check_parts(rng, rows, dtype, *, k, n, **dialect):
     total = np.asarray(total, np.float64)
     assert relative(norm, total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-6)) < ONE_ROUNDING
     for one, again in zip((y, norm), run(x, stream, tiled, jnp.int32(1))[::2], strict=True):
+        assert (one == again).all()
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "weighted"), [(16, "float32", False), (64, "bfloat16", True)])
+def test_pairs_of_experts_and_their_norm(rng, tokens, dtype, weighted):
+    """Where nobody's rows, which no kernel writes, hold NaN."""
+    d, top_k = 2048, 8
+    live = rng.integers(0, 129, (tokens, top_k))
+    values = np.where((live < 128).reshape(-1, 1), rng.standard_normal((tokens * top_k, d)), np.nan)
+    weights = jnp.asarray(rng.random((tokens, top_k)), jnp.float32) if weighted else None
+    pairs = Pairs(jnp.asarray(values, dtype), jnp.asarray(live, jnp.int32), weights, 128)
+    stream, weight = jnp.asarray(rng.standard_normal((tokens, d)), jnp.bfloat16), jnp.ones((3, d), jnp.bfloat16)
+    run = jax.jit(lambda stream, pairs, layer: triton_norm.add_norm(stream, pairs, weight, layer, 1e-6, False))
+    total, norm, after = run(stream, pairs, jnp.int32(1))
+    exact = np.asarray(stream, np.float64) + np.asarray(pairs.whole(), np.float64)
+    assert relative(total, exact) < ONE_ROUNDING and after.tolist() == [2]
+    total = np.asarray(total, np.float64)
+    assert relative(norm, total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-6)) < ONE_ROUNDING
+    for one, again in zip((total, norm), run(stream, pairs, jnp.int32(1)), strict=False):
         assert (one == again).all()
 
 

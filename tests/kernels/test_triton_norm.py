@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ferrum_kernels import triton_norm
+from ferrum_kernels.pairs import Pairs
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda, normal, relative
 
 pytestmark = [
@@ -45,9 +46,25 @@ def test_sum_norm_and_logits(tokens, d, experts, dtype):
         assert found[2].shape == ((parts, tokens, experts) if parts > 1 else (tokens, experts))
         assert found[2].dtype == jnp.float32 and relative(found[2].reshape(parts, tokens, -1).sum(0), logits) < 1e-6
         assert found[3].tolist() == [0]
-        again = triton_norm.add_norm(x, y, weight, layer, EPS, True)
+        again = triton_norm.add_norm(x, y, weight, layer, EPS, True)[:2]
         for one, other in zip(found, again, strict=False):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("tokens", "d", "top_k"), [(1, 64, 2), (5, 96, 3), (19, 160, 8)])
+def test_pairs_are_added_up_and_nobodys_are_left_out(tokens, d, top_k, weighted):
+    x, _, weight, _ = case(tokens, d, 16, "bfloat16")
+    live = np.random.default_rng(4).integers(-1, 18, (tokens, top_k))
+    values = np.where(((live < 0) | (live >= 16)).reshape(-1, 1), np.nan, normal(5, tokens * top_k, d))
+    weights = jnp.asarray(normal(6, tokens, top_k)) if weighted else None
+    pairs = Pairs(jnp.asarray(values, jnp.bfloat16), jnp.asarray(live, jnp.int32), weights, 16)
+    for layer in (0, jnp.int32(1)):
+        total, norm = expected(x, pairs.whole(), weight[layer])
+        found = triton_norm.add_norm(x, pairs, weight, layer, EPS, True)
+        assert relative(found[0], np.asarray(total, np.float64)) < 2e-3  # where a multiply and an add are one
+        assert relative(found[1], norm) < 4e-3
+        assert found[2].tolist() == [int(layer) + 1]
 
 
 def test_without_a_layer_axis():
