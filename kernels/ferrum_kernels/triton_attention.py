@@ -303,9 +303,10 @@ def _decode(s: Statics, dtype: Any, named: Refs, cache: Refs, arrived: jax.Array
     programs, parts = batch, {}
     if s.cut.pieces:
         programs = most_programs(s.capacity, s.cut, batch)
+        slots = programs + batch
         parts = {
-            "parts": jax.ShapeDtypeStruct((programs, s.heads, s.head_dim), jnp.float32),
-            "sums": jax.ShapeDtypeStruct((programs, s.heads), jnp.float32),
+            "parts": jax.ShapeDtypeStruct((slots, s.heads, s.head_dim), jnp.float32),
+            "sums": jax.ShapeDtypeStruct((slots, s.heads), jnp.float32),
         }
         cache = {**cache, "arrived": arrivals(batch, s.kv_heads) if arrived is None else arrived}
     out = {"y": y, **parts, **_shapes(cache)}

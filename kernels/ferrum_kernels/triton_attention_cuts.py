@@ -21,14 +21,13 @@ def decode_cut(s: Statics, batch: int) -> Cut:
     whole = 256 if fewest else 512 if few else 1024
     if s.capacity <= whole:
         return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few else 2)
-    tile = _tile(s, 64 if few and not (fewest or s.codes) else 128)
-    # Tiles in flight are less where several programs are to share a multiprocessor's memory. Of codes three do, and six
-    # for each leave less of them alone at the end than four.
+    tile = _tile(s, (64 if s.codes else 128) if not few else 128 if fewest or s.codes else 64)
+    # Programs are about as many as fit the multiprocessors at once, three of codes for each, so that each begins once.
     return Cut(
         tile,
         warps=4,
-        stages=3 if few else 2,
-        pieces=max(1, (132 if few else 768 if s.codes else 528) // s.kv_heads),
+        stages=3 if few else 4 if s.codes else 2,
+        pieces=max(1, (132 if few else 396 if s.codes else 528) // s.kv_heads),
         least=max(1, (128 if few else 256) // tile),
         whole=whole // tile,
     )
@@ -36,8 +35,8 @@ def decode_cut(s: Statics, batch: int) -> Cut:
 
 def most_programs(capacity: int, cut: Cut, batch: int) -> int:
     """Pieces of all rows at most: rounding up, each row has one more than its part of those aimed at."""
-    tiles = -(-capacity // cut.tile)
-    return min(batch + cut.pieces, batch * -(-tiles // cut.least), batch * cut.most_parts(tiles))
+    units = 1 - (-capacity // cut.tile)
+    return max(1, min(cut.pieces, batch * units // cut.least, batch * cut.most_parts(units)))
 
 
 def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:

@@ -74,6 +74,8 @@ class Statics:
       dtype: of the products: that of the activations, and float16 for int8, which becomes that in two instructions.
       codes: the cache is int8 with scales.
       interpret: run without a GPU.
+      origin: of lanes, zero; a number that only the turn of a loop knows keeps what is made of lanes out of the
+        registers of all turns.
     """
 
     heads: int
@@ -87,6 +89,11 @@ class Statics:
     dtype: Any
     codes: bool
     interpret: bool
+    origin: Any = 0
+
+    def lanes(self, count: int) -> jax.Array:
+        """int32 0, 1, ..., which differ from one thread to the next."""
+        return jnp.arange(count, dtype=jnp.int32) + self.origin
 
     @property
     def group(self) -> int:
@@ -172,11 +179,11 @@ def store(ref: Any, indices: tuple[Any, ...], value: jax.Array, mask: Any) -> No
     plgpu.store(ref.at[indices], value.astype(ref.dtype), mask=jnp.broadcast_to(mask, value.shape))
 
 
-def store_strips(ref: Any, indices: tuple[Any, ...], strips: tuple[jax.Array, ...], mask: Any) -> None:
+def store_strips(s: Statics, ref: Any, indices: tuple[Any, ...], strips: tuple[jax.Array, ...], mask: Any) -> None:
     """Write strips side by side along the last axis."""
     column = 0
     for x in strips:
-        store(ref, (*indices, column + jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]), x, mask)
+        store(ref, (*indices, column + s.lanes(x.shape[-1])[None, :]), x, mask)
         column += x.shape[-1]
 
 
@@ -284,7 +291,7 @@ State = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 def nothing(s: Statics) -> State:
     """The state before any position was seen."""
-    sums = (s.width,) if s.cut.queries > 1 else (s.width, s.cut.tile)
+    sums = (s.width,) if s.cut.queries > 1 or s.codes else (s.width, s.cut.tile)
     most, total = (jnp.zeros(shape, jnp.float32) for shape in ((s.width,), sums))
     return most + LEAST, total, weave(s, (jnp.zeros((s.width, s.strip), jnp.float32),) * s.strips)
 
