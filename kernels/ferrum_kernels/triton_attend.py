@@ -28,7 +28,7 @@ from ferrum_kernels.triton_flash import (
 )
 from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
 
-TURN = 8  # parts of a row that are added up at a time
+TURN = 2  # parts of a row that are added up at a time, for each warp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,8 @@ def _begun(s: Statics, r: Refs, me: Any, programs: int) -> tuple[Plan, tuple[Any
     if batch == 1:
         first, end = _seen(s, r["start"][0], r["count"][0], window)
         plan = _plan(s, 1 + end - first, 1 + end - first, programs)
-        holders = plan.holders(s, jnp.int32(0), 1 + end - first)
-        return plan, (jnp.int32(0), jnp.where((holders[0] <= me) & (me <= holders[1]), 1, 0)), jnp.int32(0)
+        first, last = plan.holders(s, jnp.int32(0), 1 + end - first)
+        return plan, ((last < me).astype(jnp.int32), (first <= me).astype(jnp.int32)), jnp.int32(0)
     row = s.lanes(1 << (batch - 1).bit_length())
     there = row < batch
     start, count = (read(r[name], (row,), there) for name in ("start", "count"))
@@ -155,21 +155,28 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         s: Statics, row: Any, tiles: tuple[Any, Any], fresh: Any
     ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
         """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums."""
-        # Nothing branches on what the row has: its heads are read while that number is still on its way.
+        # Nothing branches on how much the row has: its heads are read while that number is still on its way.
         start, live = r["start"][row], r["count"][row] > 0
-        fresh &= live
         until = jnp.where(live, lax.min(start, s.capacity), 0)
-        at, one = place(s, r, head, 0), jnp.zeros((1,), jnp.int32)
-        heads, new = query_heads(s, r, row, at), new_heads(s, r, row, head, one)
-        real = (one + start < s.capacity) & (one + start >= 0) & fresh
-        where = cache_slots(s, r, row, one + start, real)
+        q, strips = queries(s, query_heads(s, r, row, place(s, r, head, 0)))
         low = start - r["window"][0]
-        q, strips = queries(s, heads)
-        k, v = write(s, r, out, head, new, where, real)
-        parts = [strip.astype(jnp.float32) * x for strip, x in zip(strips, k, strict=True)]
-        score = jnp.sum(functools.reduce(jnp.add, parts), axis=1)
-        score = jnp.where(fresh, score * (1.0 if s.codes else s.unit), LEAST)
-        seen = tuple(jnp.where(fresh, jnp.broadcast_to(x, (s.width, s.strip)), 0.0) for x in v)
+
+        def taken() -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            one = jnp.zeros((1,), jnp.int32)
+            new = new_heads(s, r, row, head, one)
+            real = (one + start < s.capacity) & (one + start >= 0) & live
+            k, v = write(s, r, out, head, new, cache_slots(s, r, row, one + start, real), real)
+            parts = [strip.astype(jnp.float32) * x for strip, x in zip(strips, k, strict=True)]
+            score = jnp.sum(functools.reduce(jnp.add, parts), axis=1)
+            score = jnp.where(live, score * (1.0 if s.codes else s.unit), LEAST)
+            return score, tuple(jnp.where(live, jnp.broadcast_to(x, (s.width, s.strip)), 0.0) for x in v)
+
+        def left() -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            zeros = jnp.zeros((s.width, s.strip), jnp.float32)
+            return jnp.full((s.width,), LEAST), (zeros,) * s.strips
+
+        score, seen = taken() if fresh is True else lax.cond(fresh, taken, left)
+        fresh &= live
         state = (score, nothing(s)[1], seen)
         most, total, seen = sweep(
             s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
@@ -224,11 +231,13 @@ def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Arra
     columns = jnp.broadcast_arrays(at[:, None], lane)
     wide = jnp.broadcast_to(until[:, None], columns[0].shape)
 
+    turn = TURN * s.cut.warps
+
     def body(i: Any, state: Any) -> Any:
         most, total, values = state
         parts, sums = [], []
-        turn = jnp.int32(i * TURN)  # of one type with what it is compared with and added to
-        for nth in (turn + k for k in range(TURN)):
+        begin = jnp.int32(i * turn)  # of one type with what it is compared with and added to
+        for nth in (begin + k for k in range(turn)):
             part = jnp.broadcast_to(first + nth, at.shape)
             parts.append(read(out["parts"], (first + nth, *columns), nth < wide))
             sums.append(plgpu.load(out["sums"].at[part, at], mask=nth < until, other=LEAST))
@@ -242,7 +251,7 @@ def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Arra
 
     zeros = jnp.zeros((s.padded_group,), jnp.float32)
     state = (zeros + LEAST, zeros, jnp.zeros((s.padded_group, s.head_dim), jnp.float32))
-    _, total, values = lax.fori_loop(0, lax.div(count + (TURN - 1), TURN), body, state)
+    _, total, values = lax.fori_loop(0, lax.div(count + (turn - 1), turn), body, state)
     return values / total[:, None]
 
 

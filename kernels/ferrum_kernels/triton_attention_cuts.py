@@ -21,13 +21,13 @@ def decode_cut(s: Statics, batch: int) -> Cut:
     whole = 256 if fewest else 512 if few else 1024
     if s.capacity <= whole:
         return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few else 2)
-    tile = _tile(s, (64 if s.codes else 128) if not few else 128 if fewest or s.codes else 64)
-    # Programs are about as many as fit the multiprocessors at once, three of codes for each, so that each begins once.
+    tile = _tile(s, 64 if few and not (fewest or s.codes) else 128)
+    # Programs are as many as fit the multiprocessors at once, so that each begins once: two for each.
     return Cut(
         tile,
         warps=4,
-        stages=3 if few else 4 if s.codes else 2,
-        pieces=max(1, (132 if few else 396 if s.codes else 528) // s.kv_heads),
+        stages=3 if few or s.codes else 2,
+        pieces=max(1, (132 if few else 264) // s.kv_heads),
         least=max(1, (128 if few else 256) // tile),
         whole=whole // tile,
     )

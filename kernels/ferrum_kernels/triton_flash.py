@@ -131,6 +131,11 @@ class Statics:
         return LOG2_E / math.sqrt(self.head_dim)
 
     @property
+    def places(self) -> int:
+        """Columns of a tile's scores that lie in different threads: a matrix instruction has 8 for each warp."""
+        return min(self.cut.tile, 8 * self.cut.warps)
+
+    @property
     def width(self) -> int:
         """Queries of a tile: of a matrix instruction's left operand at least 16."""
         return max(16, self.padded_group * self.cut.queries)
@@ -284,14 +289,14 @@ def tile_slots(s: Statics, row: Any, first: Any, pages: Any) -> Slots:
     return (begin, offsets) if s.block == s.cut.tile else (begin + offsets // s.block, offsets % s.block)
 
 
-# float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding
+# float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, places], those of each thread, since adding
 # them up costs time; float32 weighted values [M, h], by strips or woven.
 State = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
 def nothing(s: Statics) -> State:
     """The state before any position was seen."""
-    sums = (s.width,) if s.cut.queries > 1 or s.codes else (s.width, s.cut.tile)
+    sums = (s.width,) if s.cut.queries > 1 else (s.width, s.places)
     most, total = (jnp.zeros(shape, jnp.float32) for shape in ((s.width,), sums))
     return most + LEAST, total, weave(s, (jnp.zeros((s.width, s.strip), jnp.float32),) * s.strips)
 
@@ -368,7 +373,7 @@ def sweep(
         if total.ndim == 1:
             total = total * fade + jnp.sum(weights, axis=1)
         else:
-            total = total * fade[:, None] + weights
+            total = total * fade[:, None] + jnp.sum(weights.reshape(s.width, -1, s.places), axis=1)
         if s.codes:
             weights = weights * read(r["value_scales"], (layer, block, slot, head), alive)[None, :]
         weights = weights.astype(s.dtype)
