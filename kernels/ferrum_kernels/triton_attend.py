@@ -17,6 +17,7 @@ from ferrum_kernels.triton_flash import (
     Refs,
     Statics,
     cache_slots,
+    fetch,
     nothing,
     power,
     read,
@@ -193,6 +194,7 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         # Rows are no less than zero, which the compiler does not know: it would compute all that depends on a thread's
         # place once, and hold it in registers from row to row.
         turn = dataclasses.replace(s, origin=lax.shift_right_arithmetic(jnp.int32(mine.row), 31) * s.head_dim)
+        fetch(turn, r, mine.row, head, mine.tiles, s.cut.ahead)
         y, most, total = see(turn, mine.row, mine.tiles, mine.fresh)
         first, last = mine.holders
 

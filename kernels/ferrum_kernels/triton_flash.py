@@ -54,6 +54,9 @@ class Cut:
     least: int = 1
     whole: int = 0
     parts: int = 16
+    ahead: int = 0
+    sector: int = 32
+    turn: bool = True
 
     def most_parts(self, tiles: Any) -> Any:
         """Of a row of so many tiles: one program adds them up, which bounds how many are worth their while."""
@@ -132,13 +135,21 @@ class Statics:
 
     @property
     def places(self) -> int:
-        """Columns of a tile's scores that lie in different threads: a matrix instruction has 8 for each warp."""
-        return min(self.cut.tile, 8 * self.cut.warps)
+        """Columns of a tile's scores that lie in different threads: a matrix instruction has 8 for each warp.
+
+        Of scores that are turned it has 16.
+        """
+        return min(self.cut.tile, (16 if self.turned else 8) * self.cut.warps)
 
     @property
     def width(self) -> int:
-        """Queries of a tile: of a matrix instruction's left operand at least 16."""
-        return max(16, self.padded_group * self.cut.queries)
+        """Queries of a tile: of a matrix instruction's left operand at least 16, and of its right one 8."""
+        return max(8 if self.turned else 16, self.padded_group * self.cut.queries)
+
+    @property
+    def turned(self) -> bool:
+        """Whether queries are the right operand of products: where few, the left one would be half empty."""
+        return self.codes and self.cut.queries == 1 and self.cut.turn
 
 
 Refs = dict[str, Any]
@@ -289,6 +300,24 @@ def tile_slots(s: Statics, row: Any, first: Any, pages: Any) -> Slots:
     return (begin, offsets) if s.block == s.cut.tile else (begin + offsets // s.block, offsets % s.block)
 
 
+def fetch(s: Statics, r: Refs, row: Any, head: Any, tiles: tuple[Any, Any], count: int) -> None:
+    """Let the first of some tiles be on their way to the second cache; nothing waits for them."""
+    from jax.experimental.pallas import triton as plgpu
+
+    if s.interpret:
+        return
+    sector = s.cut.sector // r["keys"].dtype.itemsize
+    lane = sector * s.lanes(s.strip // sector)[None, :]
+    for tile in (tiles[0] + nth for nth in range(count)):
+        first = lax.min(tile, lax.max(tiles[1] - 1, 0)) * s.cut.tile
+        block, slot = tile_slots(s, row, first, pages_of(s, r, row, first))
+        column = block[:, None] if jnp.ndim(block) else block
+        at = flat(r["layer"][0], column, slot[:, None], head, lane)
+        for name in ("keys", "values"):
+            # Of a volatile load the compiler keeps even one that nobody uses.
+            plgpu.load(r[name].at[at], mask=jnp.full(at[1].shape if jnp.ndim(at[1]) else at[2].shape, True) & (tile < tiles[1]), other=0, volatile=True)
+
+
 # float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, places], those of each thread, since adding
 # them up costs time; float32 weighted values [M, h], by strips or woven.
 State = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
@@ -343,7 +372,8 @@ def sweep(
     shifted = []
     if shift:
         sums = functools.reduce(jnp.add, [jnp.sum(x.astype(jnp.float32), axis=1) for x in q])
-        shifted = [jnp.broadcast_to((sums * -shift)[:, None], (s.width, tile))]
+        beginning = (sums * -shift)[None, :] if s.turned else (sums * -shift)[:, None]
+        shifted = [jnp.broadcast_to(beginning, (tile, s.width) if s.turned else (s.width, tile))]
 
     def body(i: Any, carry: Any) -> Any:
         (most, total, values), pages = carry
@@ -361,6 +391,8 @@ def sweep(
         def held(name: str, larger: float = 0.0) -> tuple[jax.Array, ...]:
             return floats(s, read(r[name], (layer, column, slot[:, None], head, lane), mask), larger)
 
+        if s.turned:
+            return turned(most, total, values, held, positions, alive, block, slot), pages
         parts = [product(*x, (1, 1), s.interpret) for x in zip(weave(s, q), held("keys", shift), strict=True)]
         scores = functools.reduce(jnp.add, shifted + parts)
         if s.codes:
@@ -383,5 +415,38 @@ def sweep(
         )
         return (now, total, values), pages
 
+    def turned(
+        most: jax.Array,
+        total: jax.Array,
+        values: tuple[jax.Array, ...],
+        held: Callable[..., tuple[jax.Array, ...]],
+        positions: jax.Array,
+        alive: jax.Array,
+        block: Any,
+        slot: jax.Array,
+    ) -> State:
+        parts = [product(k, x, (1, 1), s.interpret) for x, k in zip(q, held("keys", shift), strict=True)]
+        scores = functools.reduce(jnp.add, shifted + parts)
+        scores = scores * read(r["key_scales"], (layer, block, slot, head), alive)[:, None]
+        if visible is not None:
+            scores = jnp.where(visible(positions[:, None]) & alive[:, None], scores, -jnp.inf)
+        now = lax.max(most, jnp.max(scores, axis=0) - HEADROOM)
+        weights = power(scores - now[None, :], s.interpret)
+        fade = power(most - now, s.interpret)
+        total = total * fade[:, None] + jnp.sum(weights.reshape(-1, s.places, s.width), axis=0).T
+        weights = (weights * read(r["value_scales"], (layer, block, slot, head), alive)[:, None]).astype(s.dtype)
+        column = block[None, :] if jnp.ndim(block) else block
+        mask = None if visible is None or (s.codes and s.block == tile) else alive[None, :]
+        words = read(r["values"], (layer, column, slot[None, :], head, lane.T), mask)
+        values = tuple(
+            old * fade[None, :] + product(v, weights, (1, 0), s.interpret)
+            for old, v in zip(values, floats(s, words), strict=True)
+        )
+        return now, total, values
+
+    if s.turned:
+        state = (*state[:2], tuple(x.T for x in state[2]))
     state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * tile)))
+    if s.turned:
+        state = (*state[:2], tuple(x.T for x in state[2]))
     return state
