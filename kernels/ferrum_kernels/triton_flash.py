@@ -57,6 +57,7 @@ class Cut:
     ahead: int = 0
     sector: int = 32
     turn: bool = True
+    fresh: int = 1
 
     def most_parts(self, tiles: Any) -> Any:
         """Of a row of so many tiles: one program adds them up, which bounds how many are worth their while."""
