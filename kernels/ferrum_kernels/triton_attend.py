@@ -13,11 +13,8 @@ from jax import lax
 
 from ferrum_kernels.triton_flash import (
     LEAST,
-    LOG2_E,
     Refs,
-    Statics,
     cache_slots,
-    fetch,
     nothing,
     power,
     read,
@@ -28,6 +25,7 @@ from ferrum_kernels.triton_flash import (
     unweave,
 )
 from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
+from ferrum_kernels.triton_statics import LOG2_E, Statics
 
 TURN = 2  # parts of a row that are added up at a time, for each warp
 
@@ -194,7 +192,6 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         # Rows are no less than zero, which the compiler does not know: it would compute all that depends on a thread's
         # place once, and hold it in registers from row to row.
         turn = dataclasses.replace(s, origin=lax.shift_right_arithmetic(jnp.int32(mine.row), 31) * s.head_dim)
-        fetch(turn, r, mine.row, head, mine.tiles, s.cut.ahead)
         y, most, total = see(turn, mine.row, mine.tiles, mine.fresh)
         first, last = mine.holders
 

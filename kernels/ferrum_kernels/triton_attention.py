@@ -25,7 +25,8 @@ from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_attention_cuts import decode_cut, most_programs, prefill_cut
 from ferrum_kernels.triton_call import call
-from ferrum_kernels.triton_flash import Cut, Parts, Refs, Statics
+from ferrum_kernels.triton_flash import Parts, Refs
+from ferrum_kernels.triton_statics import Cut, Statics
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
 LEAST_OF_CODES = 64  # of a cache of int8: a matrix instruction takes 16 numbers, which is a quarter

@@ -5,7 +5,7 @@ Most numbers were found on an H100 of 132 multiprocessors; where shared memory i
 
 from __future__ import annotations
 
-from ferrum_kernels.triton_flash import Cut, Statics
+from ferrum_kernels.triton_statics import Cut, Statics
 from ferrum_kernels.triton_tiles import little_memory
 
 
@@ -21,15 +21,19 @@ def decode_cut(s: Statics, batch: int) -> Cut:
     whole = 256 if fewest else 512 if few else 1024
     if s.capacity <= whole:
         return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few else 2)
-    tile = _tile(s, 64 if few and not (fewest or s.codes) else 128)
-    # Programs are as many as fit the multiprocessors at once, so that each begins once: two for each.
+    # Programs are as many as fit the multiprocessors at once, so that each begins once: two for each, and one where few
+    # rows are to be shared by many. Where rows are about as many, rows alike are left whole.
+    pieces = max(1, (132 if fewest or (few and not s.codes) else 264) // s.kv_heads)
+    pieces = batch if 15 * pieces <= 16 * batch <= 16 * pieces else pieces
+    tile = _tile(s, 128 if s.codes or fewest else 64)
     return Cut(
         tile,
-        warps=4,
-        stages=3 if few or s.codes else 2,
-        pieces=max(1, (132 if few else 264) // s.kv_heads),
+        warps=2 if s.codes and not fewest else 4,
+        stages=3,
+        pieces=pieces,
         least=max(1, (128 if few else 256) // tile),
         whole=whole // tile,
+        fresh=1 if few else 3,
     )
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.code_words import packed
-from ferrum_kernels.triton_flash import Refs, Slots, Statics, read, store, store_strips
+from ferrum_kernels.triton_flash import Refs, Slots, read, store, store_strips
+from ferrum_kernels.triton_statics import Statics
 
 
 class Heads(NamedTuple):

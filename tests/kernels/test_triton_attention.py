@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from ferrum_kernels import code_words, triton, triton_attend, triton_attention, triton_attention_cuts
 from ferrum_kernels.errors import ShapeError
-from ferrum_kernels.triton_flash import Cut, Statics
+from ferrum_kernels.triton_statics import Cut, Statics
 from tests.support.attention_cases import Case, build, check, fused, in_words
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
 
