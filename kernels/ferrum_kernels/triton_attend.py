@@ -52,8 +52,8 @@ class Share:
 class Plan:
     """How programs share the rows of a key head.
 
-    A row is cut into units: its new token is one, and so is each tile of the cache that it sees. Programs take even
-    runs of the units of all rows, which lie one row behind the other; where a run would begin within a short row, or
+    A row is cut into units: each tile of the cache that it sees is one, and what it costs besides is some, which come
+    first. Programs take even runs of the units of all rows, which lie one row behind the other; where a run would begin within a short row, or
     close to a row's border, it begins at that border.
 
     Attributes:
@@ -76,9 +76,9 @@ class Plan:
           before: units of the rows before it; int32, of one row or many.
           size: its own.
         """
-        near = lax.min(jnp.full_like(size, s.cut.least), size)
+        near = lax.min(jnp.full_like(size, s.cut.least + s.cut.fresh - 1), size)
         half = lax.div(size + 1, jnp.full_like(size, 2))
-        short = size <= s.cut.whole + 1
+        short = size <= s.cut.whole + s.cut.fresh
         # Runs that would begin before `low` begin with the row; those from `high` on, with the next.
         low = before + jnp.where(short, half, near)
         high = before + jnp.where(short, half, size - near)
@@ -106,14 +106,14 @@ def _begun(s: Statics, r: Refs, me: Any, programs: int) -> tuple[Plan, tuple[Any
     batch, window = r["start"].shape[0], r["window"][0]
     if batch == 1:
         first, end = _seen(s, r["start"][0], r["count"][0], window)
-        plan = _plan(s, 1 + end - first, 1 + end - first, programs)
-        first, last = plan.holders(s, jnp.int32(0), 1 + end - first)
+        plan = _plan(s, s.cut.fresh + end - first, s.cut.fresh + end - first, programs)
+        first, last = plan.holders(s, jnp.int32(0), s.cut.fresh + end - first)
         return plan, ((last < me).astype(jnp.int32), (first <= me).astype(jnp.int32)), jnp.int32(0)
     row = s.lanes(1 << (batch - 1).bit_length())
     there = row < batch
     start, count = (read(r[name], (row,), there) for name in ("start", "count"))
     first, end = _seen(s, start, count, window)
-    size = jnp.where(there, 1 + end - first, 0)
+    size = jnp.where(there, s.cut.fresh + end - first, 0)
     plan = _plan(s, jnp.sum(size, axis=0), jnp.max(size, axis=0), programs)
     holders = plan.holders(s, jnp.cumsum(size) - size, size)
     gone, begun = (holders[1] < me) & there, (holders[0] <= me) & there
@@ -127,11 +127,11 @@ def walk(s: Statics, r: Refs, me: Any, programs: int, take: Callable[[Share], No
 
     def turn(row: Any, before: Any) -> Any:
         low, high = _seen(s, r["start"][row], r["count"][row], r["window"][0])
-        past = before + 1 + high - low
+        past = before + s.cut.fresh + high - low
         first, last = plan.holders(s, before, past - before)
         begin = jnp.where(first < me, plan.begin(me), before)
         end = jnp.where(me < last, plan.begin(me + 1), past)
-        tiles = low + lax.max(begin - before - 1, 0), low + end - before - 1
+        tiles = tuple(low + lax.max(unit - before - s.cut.fresh, 0) for unit in (begin, end))
         take(Share(row, tiles, begin == before, (first, last)))
         return past
 
@@ -184,7 +184,7 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
         return tuple(jnp.where(live, x * (1.0 / total)[:, None], 0.0) for x in seen), most, total
 
-    if not s.cut.pieces:
+    if not s.cut.programs:
         y, _, _ = see(s, me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True)
         put(s, y, me)
         return
