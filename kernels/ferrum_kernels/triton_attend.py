@@ -51,9 +51,9 @@ class Share:
 class Plan:
     """How programs share the rows of a key head.
 
-    A row is cut into units: its new token is one, and so is each tile of the cache that it sees. Programs take even
-    runs of the units of all rows, which lie one row behind the other; where a run would begin within a short row, or
-    close to a row's border, it begins at that border.
+    A row is cut into units: each tile of the cache that it sees is one, and what it costs besides is some, which come
+    first. Programs take even runs of the units of all rows, which lie one row behind the other; where a run would
+    begin within a short row, or close to a row's border, it begins at that border.
 
     Attributes:
       units: of all rows.
@@ -138,7 +138,7 @@ def walk(s: Statics, r: Refs, me: Any, programs: int, take: Callable[[Share], No
 
 
 def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
-    """Write and see the one new token of each row; a program takes a row, or a piece of it, for one key head."""
+    """Write and see the one new token of each row; a program takes a row, or a run of all rows, for one key head."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
@@ -183,7 +183,7 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
         return tuple(jnp.where(live, x * (1.0 / total)[:, None], 0.0) for x in seen), most, total
 
-    if not s.cut.pieces:
+    if not s.cut.programs:
         y, _, _ = see(s, me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True)
         put(s, y, me)
         return

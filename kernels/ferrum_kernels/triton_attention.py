@@ -1,10 +1,10 @@
 """Attention on NVIDIA GPUs: head norms, rotary embedding, cache write and grouped-query attention over what is live.
 
 One new token per row is one kernel, which writes the token's key and value and reads what came before. Where rows may
-be long, programs share them by what they hold at that step, which only the device knows: a short row stays whole, and
-of a row in pieces the last program to arrive adds the parts up, in the same order always. More tokens are two kernels:
-one writes keys and values, one attends. The cache may be in pages and in int8; the layer number is an operand and the
-cache is written in place, so a scan over layers copies nothing.
+be long, programs share them by what they hold at that step, which only the device knows: each walks an even run of all
+rows' tiles, a short row stays whole, and of a row in parts the last program to arrive adds them up, in the same order
+always. More tokens are two kernels: one writes keys and values, one attends. The cache may be in pages and in int8; the
+layer number is an operand and the cache is written in place, so a scan over layers copies nothing.
 
 Source: streaming softmax arXiv 1805.02867; tiles arXiv 2205.14135; grouped queries arXiv 2305.13245; pages arXiv
 2309.06180; int8 with a scale per token and head is this package's own choice.
@@ -302,7 +302,7 @@ def _decode(s: Statics, dtype: Any, named: Refs, cache: Refs, arrived: jax.Array
     batch = named["start"].shape[0]
     y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), dtype)
     programs, parts = batch, {}
-    if s.cut.pieces:
+    if s.cut.programs:
         programs = most_programs(s.capacity, s.cut, batch)
         slots = programs + batch
         parts = {

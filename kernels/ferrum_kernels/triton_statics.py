@@ -23,26 +23,26 @@ class Cut:
       warps: of a program.
       stages: tiles in flight.
       queries: tokens of a program.
-      pieces: about how many all rows together are cut into, for each key head; 0: none is cut.
-      least: tiles of a piece at least.
+      programs: among which all rows are shared, for each key head, at most; 0: each row has its own.
+      least: units that a program takes of a row at least, where a row is cut; a tile is one.
+      fresh: units that a row costs beside its tiles: to begin with it, and its new token.
       whole: tiles of a row that is not cut.
-      parts: of one row at most, and one more for every 2 * parts tiles.
-      fresh: tiles that take as long as a row's beginning and its new token.
+      parts: of one row at most, and one more for every 2 * parts units.
     """
 
     tile: int = 64
     warps: int = 4
     stages: int = 3
     queries: int = 1
-    pieces: int = 0
+    programs: int = 0
     least: int = 1
+    fresh: int = 1
     whole: int = 0
     parts: int = 16
-    fresh: int = 1
 
-    def most_parts(self, tiles: Any) -> Any:
-        """Of a row of so many tiles: one program adds them up, which bounds how many are worth their while."""
-        return self.parts + tiles // (2 * self.parts)
+    def most_parts(self, units: Any) -> Any:
+        """Of a row of so many units: one program adds them up, which bounds how many are worth their while."""
+        return self.parts + units // (2 * self.parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,16 +113,16 @@ def test_the_product_may_come_in_parts(name):
         triton_attention.attention_fused(**{**fused(args), "qkv": qkv}, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize("pieces", [3, 66])
+@pytest.mark.parametrize("programs", [3, 66])
 @pytest.mark.parametrize("name", ["one in parts", "one in parts of int8 with a window"])
-def test_rows_in_pieces_give_the_same_however_many_there_are(name, pieces, monkeypatch):
+def test_rows_in_parts_give_the_same_however_many_programs_share_them(name, programs, monkeypatch):
     cut = triton_attention.decode_cut
-    change = {"tile": 64, "least": 1, "whole": 0, "parts": 10, "pieces": pieces}
+    change = {"tile": 64, "least": 1, "whole": 0, "parts": 10, "programs": programs}
     monkeypatch.setattr(triton_attention, "decode_cut", lambda *a: dataclasses.replace(cut(*a), **change))
     check(CASES[name], triton_attention.attention)
 
 
-def test_programs_of_a_row_in_pieces_leave_their_counters_at_zero():
+def test_programs_of_a_row_in_parts_leave_their_counters_at_zero():
     *_, arrived = triton_attention.attention(**build(CASES["one in parts"])[0])
     assert arrived is not None and arrived.shape == (8,) and not arrived.any()
 
@@ -167,7 +167,7 @@ def shares(lengths: Any, cut: Cut, counts: Any = 1, window: int = 2**31 - 1, cap
 
 
 def test_short_rows_stay_whole_whatever_they_could_hold():
-    cut = Cut(tile=64, pieces=66, least=4, whole=8)
+    cut = Cut(tile=64, programs=66, least=4, whole=8)
     found = [share[1:4] for share in shares((300, 0, 512, 257), cut)]
     assert found == [(0, 0, 5), (1, 0, 0), (2, 0, 8), (3, 0, 5)]
     assert [share[1:4] for share in shares((300,), cut)] == [(0, 0, 5)]
@@ -182,8 +182,8 @@ LENGTHS = st.one_of(
 @settings(deadline=None)
 def test_each_tile_and_each_new_token_is_taken_once_in_even_runs(data):
     batch = data.draw(st.sampled_from((1, 3, 8, 70)))
-    least, whole = data.draw(st.sampled_from(((1, 2), (4, 8), (2, 16))))
-    cut = Cut(tile=64, pieces=data.draw(st.sampled_from((1, 7, 66))), least=least, whole=whole)
+    least, fresh, whole = data.draw(st.sampled_from(((1, 1, 2), (4, 1, 8), (1, 3, 2), (2, 5, 16), (4, 3, 8))))
+    cut = Cut(tile=64, programs=data.draw(st.sampled_from((1, 7, 66))), least=least, fresh=fresh, whole=whole)
     lengths = data.draw(st.lists(LENGTHS, min_size=batch, max_size=batch))
     counts = data.draw(st.lists(st.integers(0, 1), min_size=batch, max_size=batch))
     window = data.draw(st.sampled_from((2**31 - 1, 1, 700)))
@@ -201,17 +201,18 @@ def test_each_tile_and_each_new_token_is_taken_once_in_even_runs(data):
         assert [share.program for share in mine] == list(range(mine[0].first, mine[0].last + 1))
         assert {(share.first, share.last) for share in mine} == {(mine[0].program, mine[-1].program)}
         assert len(mine) == 1 or end - first > whole
-        units += 1 + end - first
+        units += fresh + end - first
         for share in mine:
-            run[share.program] += share.fresh + share.end - share.begin
+            run[share.program] += fresh * share.fresh + share.end - share.begin
+            assert share.fresh or share.begin < share.end
     slots = [share.program + share.row for share in found]
     assert len(set(slots)) == len(slots) and max(slots) < programs + batch
     used = 1 + max(share.program for share in found)
-    assert max(run) <= -(-units // used) + max(2 * least, whole + 2)
+    assert max(run) <= -(-units // used) + max(2 * least + fresh, whole + fresh + 1)
 
 
 def test_a_row_has_no_more_parts_than_are_worth_adding_up():
-    alone = [len(shares((n,), Cut(tile=64, pieces=66, least=1, whole=8))) for n in (512, 1024, 2048, 8000)]
+    alone = [len(shares((n,), Cut(tile=64, programs=66, least=1, whole=8))) for n in (512, 1024, 2048, 8000)]
     assert alone == [1, 16, 17, 19]
 
 
