@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,7 @@ from jax import lax
 
 from ferrum_kernels.triton_flash import (
     LEAST,
-    LOG2_E,
     Refs,
-    Statics,
     cache_slots,
     nothing,
     power,
@@ -26,8 +25,9 @@ from ferrum_kernels.triton_flash import (
     unweave,
 )
 from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
+from ferrum_kernels.triton_statics import LOG2_E, Statics
 
-TURN = 8  # parts of a row that are added up at a time
+TURN = 2  # parts of a row that are added up at a time, for each warp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +35,55 @@ class Share:
     """What a program takes of one row's cache.
 
     Attributes:
-      some: whether it takes anything.
       row: of the batch.
       tiles: the first tile, and the one after the last.
-      part: which of the row's pieces this is.
-      parts: how many it has.
+      fresh: whether it also takes the row's new token.
+      holders: the first program that takes something of the row, and the last.
     """
 
-    some: Any
     row: Any
     tiles: tuple[Any, Any]
-    part: Any
-    parts: Any
+    fresh: Any
+    holders: tuple[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How programs share the rows of a key head.
+
+    A row is cut into units: each tile of the cache that it sees is one, and what it costs besides is some, which come
+    first. Programs take even runs of the units of all rows, which lie one row behind the other; where a run would
+    begin within a short row, or close to a row's border, it begins at that border.
+
+    Attributes:
+      units: of all rows.
+      programs: that share them; others have nothing.
+    """
+
+    units: Any
+    programs: Any
+
+    def begin(self, program: Any) -> Any:
+        """The unit where a program's run begins, borders aside."""
+        return lax.div(program * self.units, self.programs)
+
+    def holders(self, s: Statics, before: Any, size: Any) -> tuple[Any, Any]:
+        """The first program that takes something of a row, and the last.
+
+        Args:
+          s: statics.
+          before: units of the rows before it; int32, of one row or many.
+          size: its own.
+        """
+        near = lax.min(jnp.full_like(size, s.cut.least + s.cut.fresh - 1), size)
+        half = lax.div(size + 1, jnp.full_like(size, 2))
+        short = size <= s.cut.whole + s.cut.fresh
+        # Runs that would begin before `low` begin with the row; those from `high` on, with the next.
+        low = before + jnp.where(short, half, near)
+        high = before + jnp.where(short, half, size - near)
+        units = jnp.broadcast_to(self.units, jnp.shape(size))
+        first, last = (lax.div(border * self.programs - 1, units) for border in (low, high))
+        return first, last
 
 
 def _seen(s: Statics, start: Any, count: Any, window: Any) -> tuple[Any, Any]:
@@ -57,70 +94,88 @@ def _seen(s: Statics, start: Any, count: Any, window: Any) -> tuple[Any, Any]:
     return lax.min(first, end), end
 
 
-def share(s: Statics, r: Refs, me: Any) -> Share:
-    """What one program takes: rows are cut by what they hold now, and each piece is a program's."""
+def _plan(s: Statics, units: Any, most: Any, programs: int) -> Plan:
+    """Share some units, `most` of them of one row, among at most so many programs."""
+    parts = lax.div(units * s.cut.most_parts(most), most)
+    return Plan(units, lax.max(lax.min(lax.min(lax.div(units, s.cut.least), parts), programs), 1))
+
+
+def _begun(s: Statics, r: Refs, me: Any, programs: int) -> tuple[Plan, tuple[Any, Any], Any]:
+    """The plan, the first row that a program takes something of and the one after the last, and units before it."""
     batch, window = r["start"].shape[0], r["window"][0]
     if batch == 1:
         first, end = _seen(s, r["start"][0], r["count"][0], window)
-        parts = _pieces(s, end - first, end - first)
-        return Share(me < parts, 0, _piece(first, end, me, parts), me, parts)
-    row = jnp.arange(1 << (batch - 1).bit_length(), dtype=jnp.int32)
-    start, count = (read(r[name], (row,), row < batch) for name in ("start", "count"))
+        plan = _plan(s, s.cut.fresh + end - first, s.cut.fresh + end - first, programs)
+        first, last = plan.holders(s, jnp.int32(0), s.cut.fresh + end - first)
+        return plan, ((last < me).astype(jnp.int32), (first <= me).astype(jnp.int32)), jnp.int32(0)
+    row = s.lanes(1 << (batch - 1).bit_length())
+    there = row < batch
+    start, count = (read(r[name], (row,), there) for name in ("start", "count"))
     first, end = _seen(s, start, count, window)
-    total = jnp.sum(end - first, axis=0)
-    after = jnp.cumsum(jnp.where(row < batch, _pieces(s, end - first, total), 0))
-    mine = jnp.sum(jnp.where((after <= me) & (row < batch), 1, 0), axis=0)
-    part = me - jnp.max(jnp.where(after <= me, after, 0), axis=0)
-    some, mine = mine < batch, lax.min(mine, batch - 1)
-    first, end = _seen(s, r["start"][mine], r["count"][mine], window)
-    parts = _pieces(s, end - first, total)
-    return Share(some, mine, _piece(first, end, part, parts), part, parts)
+    size = jnp.where(there, s.cut.fresh + end - first, 0)
+    plan = _plan(s, jnp.sum(size, axis=0), jnp.max(size, axis=0), programs)
+    holders = plan.holders(s, jnp.cumsum(size) - size, size)
+    gone, begun = (holders[1] < me) & there, (holders[0] <= me) & there
+    rows = [jnp.sum(jnp.where(some, 1, 0), axis=0) for some in (gone, begun)]
+    return plan, (rows[0], rows[1]), jnp.sum(jnp.where(gone, size, 0), axis=0)
 
 
-def _pieces(s: Statics, tiles: Any, total: Any) -> Any:
-    """How many pieces rows of so many tiles have; at least one."""
-    size = lax.max(lax.div(total + (s.cut.pieces - 1), s.cut.pieces), s.cut.least)
-    parts = lax.max(lax.div(2 * tiles + size, jnp.broadcast_to(2 * size, jnp.shape(tiles))), 1)
-    return jnp.where(tiles <= s.cut.whole, 1, lax.min(parts, s.cut.most_parts(tiles)))
+def walk(s: Statics, r: Refs, me: Any, programs: int, take: Callable[[Share], None]) -> None:
+    """Take a program's share of each row that it has one of, row by row."""
+    plan, rows, before = _begun(s, r, me, programs)
 
+    def turn(row: Any, before: Any) -> Any:
+        low, high = _seen(s, r["start"][row], r["count"][row], r["window"][0])
+        past = before + s.cut.fresh + high - low
+        first, last = plan.holders(s, before, past - before)
+        begin = jnp.where(first < me, plan.begin(me), before)
+        end = jnp.where(me < last, plan.begin(me + 1), past)
+        tiles = tuple(low + lax.max(unit - before - s.cut.fresh, 0) for unit in (begin, end))
+        take(Share(row, tiles, begin == before, (first, last)))
+        return past
 
-def _piece(first: Any, end: Any, part: Any, parts: Any) -> tuple[Any, Any]:
-    """The tiles of a piece: all of a row's are alike, but for one tile."""
-    parts = lax.max(parts, 1)
-    begin, past = (first + lax.div(nth * (end - first), parts) for nth in (part, part + 1))
-    return begin, past
+    lax.fori_loop(rows[0], rows[1], turn, before)
 
 
 def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
-    """Write and see the one new token of each row; a program takes a row, or a piece of it, for one key head."""
+    """Write and see the one new token of each row; a program takes a row, or a run of all rows, for one key head."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
     head, me = pl.program_id(0), pl.program_id(1)
 
-    def put(y: tuple[jax.Array, ...], row: Any) -> None:
-        member = jnp.arange(y[0].shape[0], dtype=jnp.int32)
+    def put(s: Statics, y: tuple[jax.Array, ...], row: Any) -> None:
+        member = s.lanes(y[0].shape[0])
         alive = member < s.group
         query_head = jnp.where(alive, head * s.group + member, s.heads)
-        store_strips(out["y"], (row, 0, query_head[:, None]), y, alive[:, None])
+        store_strips(s, out["y"], (row, 0, query_head[:, None]), y, alive[:, None])
 
-    def see(row: Any, tiles: tuple[Any, Any], fresh: Any) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    def see(
+        s: Statics, row: Any, tiles: tuple[Any, Any], fresh: Any
+    ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
         """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums."""
-        # Nothing branches on what the row has: its heads are read while that number is still on its way.
+        # Nothing branches on how much the row has: its heads are read while that number is still on its way.
         start, live = r["start"][row], r["count"][row] > 0
-        fresh &= live
         until = jnp.where(live, lax.min(start, s.capacity), 0)
-        at, one = place(s, r, head, 0), jnp.zeros((1,), jnp.int32)
-        heads, new = query_heads(s, r, row, at), new_heads(s, r, row, head, one)
-        real = (one + start < s.capacity) & (one + start >= 0) & fresh
-        where = cache_slots(s, r, row, one + start, real)
+        q, strips = queries(s, query_heads(s, r, row, place(s, r, head, 0)))
         low = start - r["window"][0]
-        q, strips = queries(s, heads)
-        k, v = write(s, r, out, head, new, where, real)
-        parts = [strip.astype(jnp.float32) * x for strip, x in zip(strips, k, strict=True)]
-        score = jnp.sum(functools.reduce(jnp.add, parts), axis=1)
-        score = jnp.where(fresh, score * (1.0 if s.codes else s.unit), LEAST)
-        seen = tuple(jnp.where(fresh, jnp.broadcast_to(x, (s.width, s.strip)), 0.0) for x in v)
+
+        def taken() -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            one = jnp.zeros((1,), jnp.int32)
+            new = new_heads(s, r, row, head, one)
+            real = (one + start < s.capacity) & (one + start >= 0) & live
+            k, v = write(s, r, out, head, new, cache_slots(s, r, row, one + start, real), real)
+            parts = [strip.astype(jnp.float32) * x for strip, x in zip(strips, k, strict=True)]
+            score = jnp.sum(functools.reduce(jnp.add, parts), axis=1)
+            score = jnp.where(live, score * (1.0 if s.codes else s.unit), LEAST)
+            return score, tuple(jnp.where(live, jnp.broadcast_to(x, (s.width, s.strip)), 0.0) for x in v)
+
+        def left() -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            zeros = jnp.zeros((s.width, s.strip), jnp.float32)
+            return jnp.full((s.width,), LEAST), (zeros,) * s.strips
+
+        score, seen = taken() if fresh is True else lax.cond(fresh, taken, left)
+        fresh &= live
         state = (score, nothing(s)[1], seen)
         most, total, seen = sweep(
             s, r, q, row, head, tiles, lambda i: i, lambda positions: positions > low, until, state
@@ -128,58 +183,60 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         total = summed(s, total) + jnp.where(fresh, power(score - most, s.interpret), 0.0)
         return tuple(jnp.where(live, x * (1.0 / total)[:, None], 0.0) for x in seen), most, total
 
-    if not s.cut.pieces:
-        y, _, _ = see(me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True)
-        put(y, me)
+    if not s.cut.programs:
+        y, _, _ = see(s, me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True)
+        put(s, y, me)
         return
 
-    mine = share(s, r, me)
-
-    def add() -> None:
-        put((_added(s, out, head, me - mine.part, mine.parts),), mine.row)
-
-    def take() -> None:
-        y, most, total = see(mine.row, mine.tiles, mine.part == 0)
+    def take(mine: Share) -> None:
+        # Rows are no less than zero, which the compiler does not know: it would compute all that depends on a thread's
+        # place once, and hold it in registers from row to row.
+        turn = dataclasses.replace(s, origin=lax.shift_right_arithmetic(jnp.int32(mine.row), 31) * s.head_dim)
+        y, most, total = see(turn, mine.row, mine.tiles, mine.fresh)
+        first, last = mine.holders
 
         def keep() -> None:
-            member = jnp.arange(s.width, dtype=jnp.int32)
+            member = turn.lanes(s.width)
             alive = member < s.group
             at = jnp.where(alive, head * s.group + member, s.heads)
-            store_strips(out["parts"], (me, at[:, None]), y, alive[:, None])
-            store(out["sums"], (me, at), most + jnp.log(total) * LOG2_E, alive)
+            # From one part to the next either the row or the program is one more: their sum numbers all parts.
+            store_strips(turn, out["parts"], (mine.row + me, at[:, None]), y, alive[:, None])
+            store(out["sums"], (mine.row + me, at), most + jnp.log(total) * LOG2_E, alive)
             if not s.interpret:
                 plgpu.debug_barrier()  # what all threads have stored comes before this program's arrival
             counter = mine.row * s.kv_heads + head
             arrived = plgpu.atomic_add(out["arrived"], (counter,), jnp.int32(1))
 
-            def last() -> None:
+            def add() -> None:
                 out["arrived"][counter] = jnp.int32(0)  # for the next layer: nobody else comes
-                add()
+                put(turn, (_added(turn, out, head, mine.row + first, last - first + 1),), mine.row)
 
-            pl.when(arrived == mine.parts - 1)(last)
+            pl.when(arrived == last - first)(add)
 
-        pl.when(mine.parts == 1)(lambda: put(y, mine.row))
-        pl.when(mine.parts > 1)(keep)
+        pl.when(first == last)(lambda: put(turn, y, mine.row))
+        pl.when(first < last)(keep)
 
-    pl.when(mine.some)(take)
+    walk(s, r, me, out["parts"].shape[0] - r["start"].shape[0], take)
 
 
 def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Array:
     """The sum [M, h] of some parts of one row, whose queries are M; some at a time, always in the same order."""
     from jax.experimental.pallas import triton as plgpu
 
-    member = jnp.arange(s.padded_group, dtype=jnp.int32)
-    lane = jnp.arange(s.head_dim, dtype=jnp.int32)[None, :]
+    member = s.lanes(s.padded_group)
+    lane = s.lanes(s.head_dim)[None, :]
     at = jnp.where(member < s.group, head * s.group + member, s.heads)
     until = jnp.where(member < s.group, count, 0)  # parts of a query
     columns = jnp.broadcast_arrays(at[:, None], lane)
     wide = jnp.broadcast_to(until[:, None], columns[0].shape)
 
+    turn = TURN * s.cut.warps
+
     def body(i: Any, state: Any) -> Any:
         most, total, values = state
         parts, sums = [], []
-        turn = jnp.int32(i * TURN)  # of one type with what it is compared with and added to
-        for nth in (turn + k for k in range(TURN)):
+        begin = jnp.int32(i * turn)  # of one type with what it is compared with and added to
+        for nth in (begin + k for k in range(turn)):
             part = jnp.broadcast_to(first + nth, at.shape)
             parts.append(read(out["parts"], (first + nth, *columns), nth < wide))
             sums.append(plgpu.load(out["sums"].at[part, at], mask=nth < until, other=LEAST))
@@ -193,7 +250,7 @@ def _added(s: Statics, out: Refs, head: Any, first: Any, count: Any) -> jax.Arra
 
     zeros = jnp.zeros((s.padded_group,), jnp.float32)
     state = (zeros + LEAST, zeros, jnp.zeros((s.padded_group, s.head_dim), jnp.float32))
-    _, total, values = lax.fori_loop(0, lax.div(count + (TURN - 1), TURN), body, state)
+    _, total, values = lax.fori_loop(0, lax.div(count + (turn - 1), turn), body, state)
     return values / total[:, None]
 
 
@@ -205,7 +262,7 @@ def write_kernel(block: int, s: Statics, r: Refs, out: Refs) -> None:
     start, count = r["start"][row], r["count"][row]
 
     def put() -> None:
-        tokens = first + jnp.arange(block, dtype=jnp.int32)
+        tokens = first + s.lanes(block)
         positions = start + tokens
         alive = (tokens < count) & (tokens < r["q"].shape[1]) & (positions >= 0) & (positions < s.capacity)
         slots = cache_slots(s, r, row, positions, alive)
@@ -226,7 +283,7 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
 
     def put(y: tuple[jax.Array, ...], token: jax.Array, query_head: jax.Array, alive: jax.Array) -> None:
         at = jnp.where(alive, query_head, s.heads)
-        store_strips(out["y"], (row, token[:, None], at[:, None]), y, alive[:, None])
+        store_strips(s, out["y"], (row, token[:, None], at[:, None]), y, alive[:, None])
 
     def compute() -> None:
         token, query_head, alive = place(s, r, head, first)
@@ -257,7 +314,7 @@ def prefill_kernel(tiles: int, s: Statics, r: Refs, out: Refs) -> None:
         put(y, token, query_head, alive)
 
     def nobody() -> None:
-        place = jnp.arange(s.width, dtype=jnp.int32)
+        place = s.lanes(s.width)
         token, member = first + place // s.padded_group, place % s.padded_group
         alive = (member < s.group) & (place < s.padded_group * s.cut.queries) & (token < out["y"].shape[1])
         put((jnp.zeros((s.width, s.head_dim), jnp.float32),), token, head * s.group + member, alive)

@@ -1,10 +1,10 @@
 """Attention on NVIDIA GPUs: head norms, rotary embedding, cache write and grouped-query attention over what is live.
 
 One new token per row is one kernel, which writes the token's key and value and reads what came before. Where rows may
-be long, programs share them by what they hold at that step, which only the device knows: a short row stays whole, and
-of a row in pieces the last program to arrive adds the parts up, in the same order always. More tokens are two kernels:
-one writes keys and values, one attends. The cache may be in pages and in int8; the layer number is an operand and the
-cache is written in place, so a scan over layers copies nothing.
+be long, programs share them by what they hold at that step, which only the device knows: each walks an even run of all
+rows' tiles, a short row stays whole, and of a row in parts the last program to arrive adds them up, in the same order
+always. More tokens are two kernels: one writes keys and values, one attends. The cache may be in pages and in int8; the
+layer number is an operand and the cache is written in place, so a scan over layers copies nothing.
 
 Source: streaming softmax arXiv 1805.02867; tiles arXiv 2205.14135; grouped queries arXiv 2305.13245; pages arXiv
 2309.06180; int8 with a scale per token and head is this package's own choice.
@@ -25,7 +25,8 @@ from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_attend import decode_kernel, prefill_kernel, write_kernel
 from ferrum_kernels.triton_attention_cuts import decode_cut, most_programs, prefill_cut
 from ferrum_kernels.triton_call import call
-from ferrum_kernels.triton_flash import Cut, Parts, Refs, Statics
+from ferrum_kernels.triton_flash import Parts, Refs
+from ferrum_kernels.triton_statics import Cut, Statics
 
 HEADS = (16, 32, 64, 128, 256)  # sizes of a head
 LEAST_OF_CODES = 64  # of a cache of int8: a matrix instruction takes 16 numbers, which is a quarter
@@ -301,11 +302,12 @@ def _decode(s: Statics, dtype: Any, named: Refs, cache: Refs, arrived: jax.Array
     batch = named["start"].shape[0]
     y = jax.ShapeDtypeStruct((batch, 1, s.heads, s.head_dim), dtype)
     programs, parts = batch, {}
-    if s.cut.pieces:
+    if s.cut.programs:
         programs = most_programs(s.capacity, s.cut, batch)
+        slots = programs + batch
         parts = {
-            "parts": jax.ShapeDtypeStruct((programs, s.heads, s.head_dim), jnp.float32),
-            "sums": jax.ShapeDtypeStruct((programs, s.heads), jnp.float32),
+            "parts": jax.ShapeDtypeStruct((slots, s.heads, s.head_dim), jnp.float32),
+            "sums": jax.ShapeDtypeStruct((slots, s.heads), jnp.float32),
         }
         cache = {**cache, "arrived": arrivals(batch, s.kv_heads) if arrived is None else arrived}
     out = {"y": y, **parts, **_shapes(cache)}

@@ -1,11 +1,11 @@
-"""How the Triton attention kernels are cut up: tiles of positions, pieces of long rows, tiles of queries.
+"""How the Triton attention kernels are cut up: tiles of positions, programs that share rows, tiles of queries.
 
 Most numbers were found on an H100 of 132 multiprocessors; where shared memory is small, tiles are half as large.
 """
 
 from __future__ import annotations
 
-from ferrum_kernels.triton_flash import Cut, Statics
+from ferrum_kernels.triton_statics import Cut, Statics
 from ferrum_kernels.triton_tiles import little_memory
 
 
@@ -15,29 +15,32 @@ def _tile(s: Statics, most: int) -> int:
 
 
 def decode_cut(s: Statics, batch: int) -> Cut:
-    """How one new token per row is cut up: a program for each row and key head, or for each piece of long rows."""
+    """How one new token per row is cut up: a program for each row and key head, or some that share long rows."""
     pairs = batch * s.kv_heads  # of a row and a key head
     few, fewest = pairs < 132, pairs <= 32
     whole = 256 if fewest else 512 if few else 1024
     if s.capacity <= whole:
         return Cut(_tile(s, 128 if s.codes or few else 64), warps=4, stages=3 if few else 2)
-    tile = _tile(s, 64 if few and not (fewest or s.codes) else 128)
-    # Tiles in flight are less where several programs are to share a multiprocessor's memory. Of codes three do, and six
-    # for each leave less of them alone at the end than four.
+    # Programs are as many as fit the multiprocessors at once, so that each begins once: two for each, and one where few
+    # rows are to be shared by many. Where rows are about as many, rows alike are left whole.
+    programs = max(1, (132 if fewest or (few and not s.codes) else 264) // s.kv_heads)
+    programs = batch if 15 * programs <= 16 * batch <= 16 * programs else programs
+    tile = _tile(s, 128 if s.codes or fewest else 64)
     return Cut(
         tile,
-        warps=4,
-        stages=3 if few else 2,
-        pieces=max(1, (132 if few else 768 if s.codes else 528) // s.kv_heads),
+        warps=2 if s.codes and not fewest else 4,
+        stages=3,
+        programs=programs,
         least=max(1, (128 if few else 256) // tile),
         whole=whole // tile,
+        fresh=1 if few else 3,
     )
 
 
 def most_programs(capacity: int, cut: Cut, batch: int) -> int:
-    """Pieces of all rows at most: rounding up, each row has one more than its part of those aimed at."""
-    tiles = -(-capacity // cut.tile)
-    return min(batch + cut.pieces, batch * -(-tiles // cut.least), batch * cut.most_parts(tiles))
+    """Programs that share the rows of a key head: not more than all rows' units are worth when they are full."""
+    units = cut.fresh - (-capacity // cut.tile)
+    return max(1, min(cut.programs, batch * units // cut.least, batch * cut.most_parts(units)))
 
 
 def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,112 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.code_words import WORD, unpacked
+from ferrum_kernels.triton_statics import Statics
 
 LEAST = -1e30  # the maximum before anything was seen; finite, so that nothing minus nothing is no NaN
-LOG2_E = math.log2(math.e)
 # With scales of int8 values in them, weights would fall below what float16 holds: they are taken times 2 ** HEADROOM.
 HEADROOM = 8.0
 # By which codes are too large as they become float16 at least cost. A score loses float32 roundings of it times the
 # sum of the query: less than the codes' own where channels have either sign.
 SHIFT = 1152.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How attention is cut up.
-
-    Attributes:
-      tile: positions of the cache that one turn of the loop takes; a power of two from 16.
-      warps: of a program.
-      stages: tiles in flight.
-      queries: tokens of a program.
-      pieces: about how many all rows together are cut into, for each key head; 0: none is cut.
-      least: tiles of a piece at least.
-      whole: tiles of a row that is not cut.
-      parts: of one row at most, and one more for every 2 * parts tiles.
-    """
-
-    tile: int = 64
-    warps: int = 4
-    stages: int = 3
-    queries: int = 1
-    pieces: int = 0
-    least: int = 1
-    whole: int = 0
-    parts: int = 16
-
-    def most_parts(self, tiles: Any) -> Any:
-        """Of a row of so many tiles: one program adds them up, which bounds how many are worth their while."""
-        return self.parts + tiles // (2 * self.parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class Statics:
-    """Everything of a kernel that is known when it is compiled.
-
-    Attributes:
-      heads, kv_heads, head_dim: H, Kv, h.
-      columns: where queries, keys and values begin in their arrays.
-      eps: of the head norms.
-      page: positions of a page; rows of the cache without a table.
-      capacity: positions that a row can hold.
-      cut: how the work is cut up.
-      dtype: of the products: that of the activations, and float16 for int8, which becomes that in two instructions.
-      codes: the cache is int8 with scales.
-      interpret: run without a GPU.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    columns: tuple[int, int, int]
-    eps: float
-    page: int
-    capacity: int
-    cut: Cut
-    dtype: Any
-    codes: bool
-    interpret: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads per key head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def padded_group(self) -> int:
-        """The same as a power of two."""
-        return 1 << (self.group - 1).bit_length()
-
-    @property
-    def block(self) -> int:
-        """Positions that every tile takes whole: a tile, where rows or pages hold whole tiles."""
-        return math.gcd(self.page, self.cut.tile)
-
-    @property
-    def strips(self) -> int:
-        """Strips of neighbouring channels that a head of the cache is read in: codes lie in words of one from each."""
-        return WORD if self.codes else 1
-
-    @property
-    def strip(self) -> int:
-        """Channels of a strip, and what the cache holds of a head: numbers, or words of codes."""
-        return self.head_dim // self.strips
-
-    @property
-    def woven(self) -> bool:
-        """Whether strips are woven into one tile: large products lose more by being cut than weaving costs."""
-        return self.codes and self.cut.queries > 1
-
-    @property
-    def unit(self) -> float:
-        """What makes a score a power of two."""
-        return LOG2_E / math.sqrt(self.head_dim)
-
-    @property
-    def width(self) -> int:
-        """Queries of a tile: of a matrix instruction's left operand at least 16."""
-        return max(16, self.padded_group * self.cut.queries)
 
 
 Refs = dict[str, Any]
@@ -172,11 +73,11 @@ def store(ref: Any, indices: tuple[Any, ...], value: jax.Array, mask: Any) -> No
     plgpu.store(ref.at[indices], value.astype(ref.dtype), mask=jnp.broadcast_to(mask, value.shape))
 
 
-def store_strips(ref: Any, indices: tuple[Any, ...], strips: tuple[jax.Array, ...], mask: Any) -> None:
+def store_strips(s: Statics, ref: Any, indices: tuple[Any, ...], strips: tuple[jax.Array, ...], mask: Any) -> None:
     """Write strips side by side along the last axis."""
     column = 0
     for x in strips:
-        store(ref, (*indices, column + jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]), x, mask)
+        store(ref, (*indices, column + s.lanes(x.shape[-1])[None, :]), x, mask)
         column += x.shape[-1]
 
 
@@ -277,21 +178,22 @@ def tile_slots(s: Statics, row: Any, first: Any, pages: Any) -> Slots:
     return (begin, offsets) if s.block == s.cut.tile else (begin + offsets // s.block, offsets % s.block)
 
 
-# float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, tile], by place in the tile, since adding
-# them up costs time; float32 weighted values [M, h], by strips or woven.
+# float32 maxima [M] in units of log2; float32 sums [M], or for one token [M, places], turned [places, M], those of each
+# thread, since adding them up costs time; float32 weighted values [M, h], by strips or woven.
 State = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
 def nothing(s: Statics) -> State:
     """The state before any position was seen."""
-    sums = (s.width,) if s.cut.queries > 1 else (s.width, s.cut.tile)
+    one = (s.places, s.width) if s.turned else (s.width, s.places)
+    sums = (s.width,) if s.cut.queries > 1 else one
     most, total = (jnp.zeros(shape, jnp.float32) for shape in ((s.width,), sums))
     return most + LEAST, total, weave(s, (jnp.zeros((s.width, s.strip), jnp.float32),) * s.strips)
 
 
 def summed(s: Statics, total: jax.Array) -> jax.Array:
     """float32 [M]: the sums of a state."""
-    return total if total.ndim == 1 else jnp.sum(total, axis=1)
+    return total if total.ndim == 1 else jnp.sum(total, axis=0 if s.turned else 1)
 
 
 def sweep(
@@ -316,7 +218,8 @@ def sweep(
       head: key head.
       turns: first turn of the loop, and the one after its last.
       tile_of: the tile of a turn.
-      visible: from positions [1, n] to bool [M, n] or [1, n]; None where all of a tile is visible and lives.
+      visible: from positions [1, n] to bool [M, n] or [1, n], of a turned tile from [n, 1]; None where all of a tile
+        is visible and lives.
       end: the position after the last that lives.
       state: what was seen before.
 
@@ -324,14 +227,25 @@ def sweep(
       The state after them.
     """
     layer, tile = r["layer"][0], s.cut.tile
-    lane = jnp.arange(s.strip, dtype=jnp.int32)[None, :]
+    along = 0 if s.turned else 1  # the axis of scores that has positions
+    lane = jnp.arange(s.strip, dtype=jnp.int32)
     scale = 1.0 if s.codes else s.unit  # of codes, q has the unit in it
+
+    def by_query(x: jax.Array) -> jax.Array:
+        return jnp.expand_dims(x, along)
+
+    def by_place(x: jax.Array) -> jax.Array:
+        return jnp.expand_dims(x, 1 - along)
+
+    def multiply(x: jax.Array, y: jax.Array, dims: tuple[int, int]) -> jax.Array:
+        return product(*((y, x) if s.turned else (x, y)), dims, s.interpret)
+
     # What keys are too large by, times the sum of a query, is where its scores begin: no more than a zero would cost.
     shift = SHIFT if s.codes and not s.woven else 0.0
     shifted = []
     if shift:
         sums = functools.reduce(jnp.add, [jnp.sum(x.astype(jnp.float32), axis=1) for x in q])
-        shifted = [jnp.broadcast_to((sums * -shift)[:, None], (s.width, tile))]
+        shifted = [jnp.broadcast_to(by_query(sums * -shift), (tile, s.width) if s.turned else (s.width, tile))]
 
     def body(i: Any, carry: Any) -> Any:
         (most, total, values), pages = carry
@@ -339,37 +253,43 @@ def sweep(
         positions = first + jnp.arange(tile, dtype=jnp.int32)
         alive = positions < end
         block, slot = tile_slots(s, row, first, pages)
-        column = block[:, None] if jnp.ndim(block) else block
         # A turn ahead, because keys and values wait for it.
         pages = pages_of(s, r, row, tile_of(i + 1) * tile)
         # What does not live is read as zero: zero times a NaN that a slot once held would still be NaN. Codes are
         # always numbers: tiles that lie whole in the cache are read whole.
-        mask = None if visible is None or (s.codes and s.block == tile) else alive[:, None]
+        masked = not (visible is None or (s.codes and s.block == tile))
 
-        def held(name: str, larger: float = 0.0) -> tuple[jax.Array, ...]:
-            return floats(s, read(r[name], (layer, column, slot[:, None], head, lane), mask), larger)
+        def held(name: str, axis: int, larger: float = 0.0) -> tuple[jax.Array, ...]:
+            """A tile with positions along an axis, by strips."""
+            there, column, mask = (jnp.expand_dims(x, 1 - axis) if jnp.ndim(x) else x for x in (slot, block, alive))
+            at = (layer, column, there, head, jnp.expand_dims(lane, axis))
+            return floats(s, read(r[name], at, mask if masked else None), larger)
 
-        parts = [product(*x, (1, 1), s.interpret) for x in zip(weave(s, q), held("keys", shift), strict=True)]
+        parts = [multiply(*x, (1, 1)) for x in zip(weave(s, q), held("keys", 0, shift), strict=True)]
         scores = functools.reduce(jnp.add, shifted + parts)
         if s.codes:
-            scores = scores * read(r["key_scales"], (layer, block, slot, head), alive)[None, :]
+            scores = scores * by_place(read(r["key_scales"], (layer, block, slot, head), alive))
         if visible is not None:
-            scores = jnp.where(visible(positions[None, :]) & alive[None, :], scores, -jnp.inf)
-        now = lax.max(most, jnp.max(scores, axis=1) * scale - (HEADROOM if s.codes else 0.0))
-        weights = power(scores * scale - now[:, None], s.interpret)
+            scores = jnp.where(visible(by_place(positions)) & by_place(alive), scores, -jnp.inf)
+        now = lax.max(most, jnp.max(scores, axis=along) * scale - (HEADROOM if s.codes else 0.0))
+        weights = power(scores * scale - by_query(now), s.interpret)
         fade = power(most - now, s.interpret)
         if total.ndim == 1:
-            total = total * fade + jnp.sum(weights, axis=1)
+            total = total * fade + jnp.sum(weights, axis=along)
         else:
-            total = total * fade[:, None] + weights
+            apart = (-1, s.places, s.width) if s.turned else (s.width, -1, s.places)
+            total = total * by_query(fade) + jnp.sum(weights.reshape(apart), axis=along)
         if s.codes:
-            weights = weights * read(r["value_scales"], (layer, block, slot, head), alive)[None, :]
+            weights = weights * by_place(read(r["value_scales"], (layer, block, slot, head), alive))
         weights = weights.astype(s.dtype)
-        values = tuple(
-            old * fade[:, None] + product(weights, v, (1, 0), s.interpret)
-            for old, v in zip(values, held("values"), strict=True)
-        )
+        # Products of turned values begin with these, so they are read as their left operand lies.
+        seen = [multiply(weights, v, (1, 0)) for v in held("values", 1 - along)]
+        values = tuple(old * by_query(fade) + x for old, x in zip(values, seen, strict=True))
         return (now, total, values), pages
 
-    state, _ = lax.fori_loop(turns[0], turns[1], body, (state, pages_of(s, r, row, tile_of(turns[0]) * tile)))
-    return state
+    def turn(values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(x.T for x in values) if s.turned else values
+
+    begin = ((*state[:2], turn(state[2])), pages_of(s, r, row, tile_of(turns[0]) * tile))
+    (most, total, values), _ = lax.fori_loop(turns[0], turns[1], body, begin)
+    return most, total, turn(values)

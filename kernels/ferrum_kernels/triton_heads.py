@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ferrum_kernels.code_words import packed
-from ferrum_kernels.triton_flash import Refs, Slots, Statics, read, store, store_strips
+from ferrum_kernels.triton_flash import Refs, Slots, read, store, store_strips
+from ferrum_kernels.triton_statics import Statics
 
 
 class Heads(NamedTuple):
@@ -41,7 +42,7 @@ def heads(s: Statics, r: Refs, name: str, row: Any, tokens: jax.Array, columns: 
       alive: bool [n]; zero elsewhere.
     """
     count = max(2, s.strips)
-    lanes = [i * (s.head_dim // count) + jnp.arange(s.head_dim // count, dtype=jnp.int32) for i in range(count)]
+    lanes = [i * (s.head_dim // count) + s.lanes(s.head_dim // count) for i in range(count)]
     token, mask = tokens[:, None], alive[:, None]
     start = columns[:, None] if jnp.ndim(columns) else columns
     strips = tuple(read(r[name], (row, token, start + lane[None, :]), mask).astype(jnp.float32) for lane in lanes)
@@ -79,7 +80,7 @@ class Place(NamedTuple):
 
 def place(s: Statics, r: Refs, head: Any, first: Any) -> Place:
     """Tokens from `first` on, and the query heads of a key head."""
-    place = jnp.arange(s.width, dtype=jnp.int32)
+    place = s.lanes(s.width)
     token, member = first + lax.div(place, s.padded_group), lax.rem(place, s.padded_group)
     alive = (member < s.group) & (place < s.padded_group * s.cut.queries) & (token < r["q"].shape[1])
     return Place(token, head * s.group + member, alive)
@@ -104,7 +105,7 @@ def new_heads(s: Statics, r: Refs, row: Any, head: Any, tokens: jax.Array) -> tu
     """Read the keys, and the values [n, h] by strips, of some new tokens int32 [n] of a row."""
     there = tokens < r["k"].shape[1]
     k = heads(s, r, "k", row, tokens, s.columns[1] + head * s.head_dim, there)
-    lane = jnp.arange(s.strip, dtype=jnp.int32)[None, :]
+    lane = s.lanes(s.strip)[None, :]
     columns = [s.columns[2] + head * s.head_dim + i * s.strip + lane for i in range(s.strips)]
     return k, tuple(read(r["v"], (row, tokens[:, None], at), there[:, None]).astype(jnp.float32) for at in columns)
 
@@ -139,7 +140,7 @@ def write(
             held = (packed(strips),)
         else:
             held = strips = tuple(x.astype(out[f"{name}s"].dtype) for x in strips)
-        store_strips(out[f"{name}s"], (layer, block[:, None], slot[:, None], head), held, alive[:, None])
+        store_strips(s, out[f"{name}s"], (layer, block[:, None], slot[:, None], head), held, alive[:, None])
         return tuple(x.astype(jnp.float32) * (1.0 if scale is None else scale[:, None]) for x in strips)
 
     return put("key", rotated(s, new[0])), put("value", new[1])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
 from ferrum_kernels import code_words, triton, triton_attend, triton_attention, triton_attention_cuts
 from ferrum_kernels.errors import ShapeError
-from ferrum_kernels.triton_flash import Cut, Statics
+from ferrum_kernels.triton_statics import Cut, Statics
 from tests.support.attention_cases import Case, build, check, fused, in_words
 from tests.support.triton_cases import ignore_deprecation, lower_for_cuda
 
@@ -110,55 +113,106 @@ def test_the_product_may_come_in_parts(name):
         triton_attention.attention_fused(**{**fused(args), "qkv": qkv}, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize("pieces", [3, 66])
+@pytest.mark.parametrize("programs", [3, 66])
 @pytest.mark.parametrize("name", ["one in parts", "one in parts of int8 with a window"])
-def test_rows_in_pieces_give_the_same_however_many_there_are(name, pieces, monkeypatch):
+def test_rows_in_parts_give_the_same_however_many_programs_share_them(name, programs, monkeypatch):
     cut = triton_attention.decode_cut
-    change = {"tile": 64, "least": 1, "whole": 0, "parts": 10, "pieces": pieces}
+    change = {"tile": 64, "least": 1, "whole": 0, "parts": 10, "programs": programs}
     monkeypatch.setattr(triton_attention, "decode_cut", lambda *a: dataclasses.replace(cut(*a), **change))
     check(CASES[name], triton_attention.attention)
 
 
-def test_programs_of_a_row_in_pieces_leave_their_counters_at_zero():
+def test_programs_of_a_row_in_parts_leave_their_counters_at_zero():
     *_, arrived = triton_attention.attention(**build(CASES["one in parts"])[0])
     assert arrived is not None and arrived.shape == (8,) and not arrived.any()
 
 
-def cuts_of(lengths: tuple[int, ...], programs: int, **change: int) -> list[tuple[int, int, int]]:
-    """(row, first tile, tile after the last) of each program that has something to do."""
-    cut = Cut(tile=64, **{"pieces": 66, "least": 4, "whole": 8, **change})
-    s = Statics(8, 2, 64, (0, 0, 0), 1e-6, 8192, 8192, cut, jnp.bfloat16, False, True)
-    arrays = {"start": lengths, "count": [1] * len(lengths), "window": [2**31 - 1]}
+class Taken(NamedTuple):
+    """What one program takes of a row; see `triton_attend.Share`."""
+
+    program: int
+    row: int
+    begin: int
+    end: int
+    fresh: int
+    first: int
+    last: int
+
+
+@functools.cache
+def sharing(batch: int, programs: int, cut: Cut, capacity: int) -> Any:
+    """From starts, counts and a window to [programs, batch, 6], -1 where a program takes nothing of a row."""
+    s = Statics(8, 2, 64, (0, 0, 0), 1e-6, capacity, capacity, cut, jnp.bfloat16, False, True)
 
     def kernel(start, count, window, out):
-        share = triton_attend.share(s, {"start": start, "count": count, "window": window}, pl.program_id(0))
-        for i, x in enumerate((share.some, share.row, *share.tiles)):
-            out[pl.program_id(0), i] = jnp.int32(x)
+        me = pl.program_id(0)
+        out[me] = jnp.full((batch, 6), -1, jnp.int32)
 
-    shape = jax.ShapeDtypeStruct((programs, 4), jnp.int32)
-    call = pl.pallas_call(kernel, out_shape=shape, grid=(programs,), interpret=True)
-    return [tuple(row[1:]) for row in call(*(jnp.array(x, jnp.int32) for x in arrays.values())).tolist() if row[0]]
+        def take(share):
+            for i, x in enumerate((share.row, *share.tiles, share.fresh, *share.holders)):
+                out[me, share.row, i] = jnp.int32(x)
+
+        triton_attend.walk(s, {"start": start, "count": count, "window": window}, me, programs, take)
+
+    shape = jax.ShapeDtypeStruct((programs, batch, 6), jnp.int32)
+    return jax.jit(pl.pallas_call(kernel, out_shape=shape, grid=(programs,), interpret=True))
+
+
+def shares(lengths: Any, cut: Cut, counts: Any = 1, window: int = 2**31 - 1, capacity: int = 8192) -> list[Taken]:
+    batch = len(lengths)
+    programs = triton_attention_cuts.most_programs(capacity, cut, batch)
+    counts = jnp.broadcast_to(jnp.int32(counts), (batch,))
+    found = sharing(batch, programs, cut, capacity)(jnp.int32(lengths), counts, jnp.int32([window]))
+    return [Taken(me, *row) for me, rows in enumerate(found.tolist()) for row in rows if row[0] >= 0]
 
 
 def test_short_rows_stay_whole_whatever_they_could_hold():
-    assert cuts_of((300, 0, 512, 257), programs=70) == [(0, 0, 5), (1, 0, 0), (2, 0, 8), (3, 0, 5)]
-    assert cuts_of((300,), programs=33) == [(0, 0, 5)]
+    cut = Cut(tile=64, programs=66, least=4, whole=8)
+    found = [share[1:4] for share in shares((300, 0, 512, 257), cut)]
+    assert found == [(0, 0, 5), (1, 0, 0), (2, 0, 8), (3, 0, 5)]
+    assert [share[1:4] for share in shares((300,), cut)] == [(0, 0, 5)]
 
 
-@pytest.mark.parametrize("lengths", [(8000,), (8000, 100, 0, 700), tuple(range(0, 8000, 127)), (8191,) * 5])
-def test_pieces_cover_each_row_once_and_are_alike(lengths):
-    batch = len(lengths)
-    found = cuts_of(lengths, programs=triton_attention.most_programs(8192, Cut(64, pieces=66, least=4), batch))
-    tiles = [-(-n // 64) for n in lengths]
-    for row in range(batch):
-        mine = [piece[1:] for piece in found if piece[0] == row]
-        assert [begin for begin, _ in mine] == [0, *(end for _, end in mine[:-1])] and mine[-1][1] == tiles[row]
-    aim = max(4, -(-sum(tiles) // 66))
-    assert max(end - begin for _, begin, end in found) <= max(8, 1.5 * aim + 1)
+LENGTHS = st.one_of(
+    st.integers(0, 9000), st.integers(0, 600), st.sampled_from((0, 1, 63, 64, 65, 512, 513, 8191, 8192, 8193))
+)
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_each_tile_and_each_new_token_is_taken_once_in_even_runs(data):
+    batch = data.draw(st.sampled_from((1, 3, 8, 70)))
+    least, fresh, whole = data.draw(st.sampled_from(((1, 1, 2), (4, 1, 8), (1, 3, 2), (2, 5, 16), (4, 3, 8))))
+    cut = Cut(tile=64, programs=data.draw(st.sampled_from((1, 7, 66))), least=least, fresh=fresh, whole=whole)
+    lengths = data.draw(st.lists(LENGTHS, min_size=batch, max_size=batch))
+    counts = data.draw(st.lists(st.integers(0, 1), min_size=batch, max_size=batch))
+    window = data.draw(st.sampled_from((2**31 - 1, 1, 700)))
+    programs = triton_attention_cuts.most_programs(8192, cut, batch)
+    found = shares(lengths, cut, counts, window)
+    units, run = 0, [0] * programs
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        end = -(-min(length, 8192) // 64) if count else 0
+        first = min(max(length + 1 - window, 0) // 64, end)
+        mine = [share for share in found if share.row == row]
+        assert [share.begin for share in mine] == [first, *(share.end for share in mine[:-1])]
+        assert mine[-1].end == end and all(share.begin <= share.end for share in mine)
+        assert [share.fresh for share in mine] == [1] + [0] * (len(mine) - 1)
+        # Its programs follow each other and know of each other, so that the parts of all rows have slots of their own.
+        assert [share.program for share in mine] == list(range(mine[0].first, mine[0].last + 1))
+        assert {(share.first, share.last) for share in mine} == {(mine[0].program, mine[-1].program)}
+        assert len(mine) == 1 or end - first > whole
+        units += fresh + end - first
+        for share in mine:
+            run[share.program] += fresh * share.fresh + share.end - share.begin
+            assert share.fresh or share.begin < share.end
+    slots = [share.program + share.row for share in found]
+    assert len(set(slots)) == len(slots) and max(slots) < programs + batch
+    used = 1 + max(share.program for share in found)
+    assert max(run) <= -(-units // used) + max(2 * least + fresh, whole + fresh + 1)
 
 
 def test_a_row_has_no_more_parts_than_are_worth_adding_up():
-    alone = [len(cuts_of((n,), programs=67, least=1)) for n in (512, 1024, 2048, 8000)]
+    alone = [len(shares((n,), Cut(tile=64, programs=66, least=1, whole=8))) for n in (512, 1024, 2048, 8000)]
     assert alone == [1, 16, 17, 19]
 
 
