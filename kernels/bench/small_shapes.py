@@ -39,9 +39,11 @@ from ferrum_kernels.bits import words_for
 from ferrum_kernels.blocks import dispatch, from_blocks, to_blocks
 from ferrum_kernels.code_words import to_words
 from ferrum_kernels.mosaic_matmul import Ring
+from ferrum_kernels.pairs import Pairs
 
 EXPERTS, TOP_K, D, F = 6, 2, 160, 96
 WIDTH, FEATURES = 256, 128  # the least that the Mosaic GPU kernels take: fewer groups of inputs than a ring has
+SHARED = 512  # of both: the least whose turns are shared
 LARGEST_ERROR = 6e-3  # of a layer in bfloat16 with few numbers to average over
 DIALECTS = [  # bits, group size, symmetric, act-order
     (4, 32, True, False),
@@ -57,14 +59,19 @@ RINGS = [
     Ring((16, 24), parts=1, stages=8, lag=4, warpgroups=4),
     Ring((16, 32), stages=6),
     Ring((8, 16, 32), stages=5, alone=True),
+    Ring((8, 16, 32), alone=True, shared=True),
 ]
 CUTS = [  # of products in parts: of one block and of two, and with segments in the program
     triton_rows.Cut(64, 1, 4, 3, rows=16, parts=2, merge=True),
     triton_rows.Cut(32, 1, 4, 3, rows=32, parts=3),
     triton_rows.Cut(16, 2, 4, 3, rows=16, parts=2),
 ]
-# int8 or not, positions of a page (0: no pages), positions of a row: with many, several programs share a row.
-CACHES = [(False, 0, 96), (False, 16, 96), (True, 16, 96), (False, 16, 1088), (True, 0, 1088)]
+# int8 or not, positions of a page (0: no pages) and of a row, rows: with many positions several programs share a row,
+# and with many rows of int8 besides, scores are turned.
+CACHES = [
+    *((False, 0, 96, 4), (False, 16, 96, 4), (True, 16, 96, 4), (False, 16, 1088, 4), (True, 0, 1088, 4)),
+    *((True, 0, 640, 17), (True, 16, 640, 17)),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +152,9 @@ def layer_in_numpy(x: jax.Array, ids: jax.Array, weights: np.ndarray, up: np.nda
 
 def ring(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
     """A layer by the Mosaic GPU kernels, with a mask and a layer number; odd tokens: as if all went to two experts."""
-    up, down = weight(rng, (2, EXPERTS), WIDTH, 2 * FEATURES, PLAIN), weight(rng, (2, EXPERTS), FEATURES, WIDTH, PLAIN)
-    x, mask = on_the_gpu(rng.standard_normal((tokens, WIDTH))), rng.random(tokens) < 0.8
+    d, f = (SHARED, SHARED) if kind[0].shared else (WIDTH, FEATURES)
+    up, down = weight(rng, (2, EXPERTS), d, 2 * f, PLAIN), weight(rng, (2, EXPERTS), f, d, PLAIN)
+    x, mask = on_the_gpu(rng.standard_normal((tokens, d))), rng.random(tokens) < 0.8
     logits = rng.standard_normal((tokens, EXPERTS)) + (tokens % 2) * 100 * (np.arange(EXPERTS) < TOP_K)
 
     @jax.jit
@@ -200,6 +208,23 @@ def sums(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
     return max(error(total, a + b), error(norm, expected), error(found, norm32 @ matrix.T))
 
 
+def pairs(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
+    """A sum that adds up what experts leave of each pair, and its norm; some pairs are nobody's and hold NaN."""
+    (weighted,) = kind
+    x, scale = on_the_gpu(rng.standard_normal((tokens, D))), on_the_gpu(rng.standard_normal(D))
+    live = rng.integers(0, EXPERTS + 1, (tokens, TOP_K)).astype(np.int32)
+    values = rng.standard_normal((tokens, TOP_K, D)).astype(jnp.bfloat16)
+    weights = rng.random((tokens, TOP_K)).astype(np.float32) if weighted else np.ones((tokens, TOP_K), np.float32)
+    held = np.where(live[..., None] < EXPERTS, values.astype(np.float32), 0) * weights[..., None]
+    values[live == EXPERTS] = np.nan
+    rows = jax.device_put(values.reshape(-1, D)), jax.device_put(live)
+    left = Pairs(*rows, jax.device_put(weights) if weighted else None, EXPERTS)
+    total, norm, _ = triton_norm.add_norm(x, left, scale, None, 1e-6, triton.is_interpreted())
+    total32, factor = np.asarray(total, np.float32), np.asarray(scale, np.float32)
+    expected = total32 / np.sqrt((total32**2).mean(-1, keepdims=True) + 1e-6) * factor
+    return max(error(total, np.asarray(x, np.float32) + held.sum(1)), error(norm, expected))
+
+
 def filters(rng: np.random.Generator, kind: tuple, rows: int) -> float:
     """How far what top-k or top-p keeps is from its limit; infinite where others than the best are kept."""
     likely, vocab = kind == ("top-p",), 20_001  # one row of equal logits is more than a list holds
@@ -222,9 +247,9 @@ def filters(rng: np.random.Generator, kind: tuple, rows: int) -> float:
 
 
 def attention(rng: np.random.Generator, kind: tuple, tokens: int) -> float:
-    """New tokens of four rows, one without any and one up to its last position, over a cache with NaN around it."""
-    codes, page, capacity = kind
-    heads, kv_heads, h, layers, batch = 6, 2, 64 if codes else 32, 2, 4
+    """New tokens of some rows, one without any and one up to its last position, over a cache with NaN around it."""
+    codes, page, capacity, batch = kind
+    heads, kv_heads, h, layers = 6, 2, 64 if codes else 32, 2
     start, count = rng.integers(20, capacity - tokens, batch), np.full(batch, tokens)
     start[0], count[1] = capacity - tokens, 0
     turns = capacity // page if page else 1
@@ -302,11 +327,14 @@ def cases() -> Iterator[tuple[Callable[[np.random.Generator, tuple, int], float]
     yield layer, DIALECTS[0], 300
     for tokens in (3, 37):
         yield sums, (), tokens
+    for kind in ((True,), (False,)):
+        yield pairs, kind, 5
     for kind in (("top-k",), ("top-p",)):
         yield filters, kind, 3
     for kind in CACHES:
         yield attention, kind, 1
-        yield attention, kind, 5
+        if kind[-1] == 4:
+            yield attention, kind, 5
     for cut in CUTS:
         yield parts, (cut,), 21
     if mosaic.unavailable():

@@ -17,7 +17,7 @@ from ferrum_kernels.mosaic_matmul import Ring
 from ferrum_kernels.mosaic_registers import GROUP, RUN
 from ferrum_kernels.tiles import PLANE
 
-LOADS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
+LOADS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0)  # pairs per expert
 COLUMNS = (
     *((8,), (16,), (24,), (32,), (48,), (64,), (8, 16), (8, 24), (8, 32), (16, 32), (32, 64), (64, 96), (32, 128)),
     *((64, 128), (8, 16, 32), (16, 24, 32), (16, 32, 48), (32, 64, 96), (32, 64, 128)),
@@ -127,7 +127,8 @@ def ring_rows(cases: Sequence[Case], results: Mapping[str, Any], loads: Sequence
         if found is None or (triton and sum(triton[0]["microseconds"]) <= sum(found[1])):
             entries.append({"load": end, "up": None, "down": None})
             continue
-        up, down = ({**entry_of(ring), "shared": ring.alone and load <= MOST_SHARED} for ring in found[0])
+        shared = end is not None and end <= MOST_SHARED
+        up, down = ({**entry_of(ring), "shared": shared and ring.alone} for ring in found[0])
         entries.append({"load": end, "up": up, "down": down, "microseconds": found[1]})
     return entries if measured else []
 

@@ -75,8 +75,8 @@ class Plan:
           before: units of the rows before it; int32, of one row or many.
           size: its own.
         """
-        near = lax.min(jnp.full_like(size, s.cut.least + s.cut.fresh - 1), size)
         half = lax.div(size + 1, jnp.full_like(size, 2))
+        near = lax.min(jnp.full_like(size, s.cut.least + s.cut.fresh - 1), size - half)
         short = size <= s.cut.whole + s.cut.fresh
         # Runs that would begin before `low` begin with the row; those from `high` on, with the next.
         low = before + jnp.where(short, half, near)
@@ -154,7 +154,7 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         s: Statics, row: Any, tiles: tuple[Any, Any], fresh: Any
     ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
         """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums."""
-        # Nothing branches on how much the row has: its heads are read while that number is still on its way.
+        # Heads are read while how much the row has is still on its way: queries always, a new token where it is ours.
         start, live = r["start"][row], r["count"][row] > 0
         until = jnp.where(live, lax.min(start, s.capacity), 0)
         q, strips = queries(s, query_heads(s, r, row, place(s, r, head, 0)))

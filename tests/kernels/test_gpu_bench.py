@@ -237,13 +237,16 @@ def test_what_the_sanitizer_watches_is_right(capsys, monkeypatch):
         assert small.layer(rng, small.DIALECTS[3], 3) <= small.LARGEST_ERROR
         for tokens in (3, 37):  # logits at once, and in parts
             assert small.sums(rng, (), tokens) <= small.LARGEST_ERROR
+        for weighted in (True, False):
+            assert small.pairs(rng, (weighted,), 5) <= small.LARGEST_ERROR
         assert small.filters(rng, ("top-p",), 1) <= small.LARGEST_ERROR
         assert small.parts(rng, (small.CUTS[1],), 3) <= small.LARGEST_ERROR
         for kind, tokens in ((small.CACHES[1], 5), (small.CACHES[2], 1)):
             assert small.attention(rng, kind, tokens) <= small.LARGEST_ERROR
     kinds = {(dialect, run.__name__) for run, dialect, _ in small.cases()}
     assert {dialect for dialect, name in kinds if name == "layer"} == set(small.DIALECTS)
-    assert {name for _, name in kinds} == {"product", "grouped", "layer", "sums", "filters", "attention", "parts"}
+    names = {"product", "grouped", "layer", "sums", "pairs", "filters", "attention", "parts"}
+    assert {name for _, name in kinds} == names
     assert "The Mosaic GPU kernels are left out: it needs a" in capsys.readouterr().err
     monkeypatch.setattr(small.mosaic, "unavailable", lambda: None)
     dealt = [case for part in range(3) for case in list(small.cases())[small.share_of(f"{part}/3")]]

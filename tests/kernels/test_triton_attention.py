@@ -122,6 +122,31 @@ def test_rows_in_parts_give_the_same_however_many_programs_share_them(name, prog
     check(CASES[name], triton_attention.attention)
 
 
+TURNED = {
+    "in pages with a window": CASES["one in parts of int8 with a window"],
+    "of a head each": Case(**LONG, cache="int8", heads=2, head_dim=64, norms=False),
+    "of eight": Case(**LONG, cache="int8", heads=16, head_dim=128, dtype="float16"),
+    "of sixteen": Case(**{**LONG, "capacity": 1090}, cache="int8", heads=16, kv_heads=1, head_dim=64),
+    "of wide heads in groups of three": Case(**LONG, page=32, cache="int8", heads=3, kv_heads=1, head_dim=256),
+}
+
+
+@pytest.mark.parametrize("programs", [1, 5])
+@pytest.mark.parametrize("name", TURNED)
+def test_turned_scores_give_the_same(name, programs, monkeypatch):
+    cut, turned = triton_attention.decode_cut, []
+
+    def two_warps(s, batch):
+        change = {"tile": 64, "warps": 2, "programs": programs, "least": 1, "whole": 2, "fresh": 3}
+        how = dataclasses.replace(cut(s, batch), **change)
+        turned.append(dataclasses.replace(s, cut=how).turned)
+        return how
+
+    monkeypatch.setattr(triton_attention, "decode_cut", two_warps)
+    check(TURNED[name], triton_attention.attention)
+    assert all(turned)
+
+
 def test_programs_of_a_row_in_parts_leave_their_counters_at_zero():
     *_, arrived = triton_attention.attention(**build(CASES["one in parts"])[0])
     assert arrived is not None and arrived.shape == (8,) and not arrived.any()
@@ -182,7 +207,8 @@ LENGTHS = st.one_of(
 @settings(deadline=None)
 def test_each_tile_and_each_new_token_is_taken_once_in_even_runs(data):
     batch = data.draw(st.sampled_from((1, 3, 8, 70)))
-    least, fresh, whole = data.draw(st.sampled_from(((1, 1, 2), (4, 1, 8), (1, 3, 2), (2, 5, 16), (4, 3, 8))))
+    units = ((1, 1, 2), (4, 1, 8), (1, 3, 2), (2, 5, 16), (4, 3, 8), (3, 3, 0), (1, 5, 1))
+    least, fresh, whole = data.draw(st.sampled_from(units))
     cut = Cut(tile=64, programs=data.draw(st.sampled_from((1, 7, 66))), least=least, fresh=fresh, whole=whole)
     lengths = data.draw(st.lists(LENGTHS, min_size=batch, max_size=batch))
     counts = data.draw(st.lists(st.integers(0, 1), min_size=batch, max_size=batch))
@@ -238,10 +264,12 @@ def test_a_token_past_the_capacity_is_not_written(tokens):
         assert where == {(table[0, 5], 14), (table[1, 5], 15)}
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 2), (1, 20), (16, 2)])
 @pytest.mark.parametrize("cache", ["", "int8"])
-def test_it_lowers_for_cuda_and_writes_in_place(tokens, cache):
-    case = Case(start=(0, 3), count=(tokens,) * 2, tokens=tokens, page=16, capacity=2048, cache=cache, head_dim=128)
+def test_it_lowers_for_cuda_and_writes_in_place(tokens, rows, cache):
+    """Of 20 rows the scores of int8 are turned."""
+    shape = {"page": 16, "capacity": 2048, "head_dim": 128}
+    case = Case(start=(3,) * rows, count=(tokens,) * rows, tokens=tokens, cache=cache, **shape)
     args, _ = build(case)
     eps = args.pop("eps")
     with triton.interpreted(False):

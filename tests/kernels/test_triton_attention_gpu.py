@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from ferrum_kernels import triton_attention
+from ferrum_kernels.triton_attention_cuts import decode_cut
+from ferrum_kernels.triton_statics import Cut, Statics
 from tests.support.attention_cases import Case, build, check, fused
 from tests.support.hlo import arrays_made
 from tests.support.triton_cases import ignore_deprecation
@@ -25,6 +28,14 @@ MANY: dict[str, Any] = {
     "capacity": 1024,
     **QWEN,
 }
+# More than 32 pairs of a row and a key head over more than 512 positions: of int8 the scores are turned.
+TWELVE: dict[str, Any] = {
+    "start": (0, 700, 17, 2047, 300, 2046, 1024, 1023, 1, 1500, 64, 900),
+    "count": (1, 1, 0, *(1,) * 9),
+    "capacity": 2048,
+    "cache": "int8",
+}
+ONE_LAYER: dict[str, Any] = {"layers": 1, "layer": 0}
 CASES = {
     "one": Case(**RAGGED),
     "one in a short row": Case(start=(0, 255, 100), count=(1, 1, 1), capacity=256, **QWEN),
@@ -32,9 +43,14 @@ CASES = {
     "one in pages of 256 with a window": Case(**RAGGED, page=256, window=333),
     "one in int8": Case(**RAGGED, cache="int8"),
     "one in pages of int8": Case(**RAGGED, page=16, cache="int8", window=600),
-    "one alone in pieces": Case(start=(4095,), count=(1,), capacity=4096, **QWEN),
-    "one of many rows in pieces": Case(
-        start=tuple(range(0, 4096, 61)), count=(1,) * 68, capacity=4096, layers=1, layer=0
+    "one alone in parts": Case(start=(4095,), count=(1,), capacity=4096, **QWEN),
+    "one of many rows in parts": Case(start=tuple(range(0, 4096, 61)), count=(1,) * 68, capacity=4096, **ONE_LAYER),
+    "one in turned int8": Case(**TWELVE, **QWEN),
+    "one in turned int8 in pages of 16 with a window": Case(**TWELVE, **QWEN, page=16, window=600, dtype="float16"),
+    "one in turned int8 of a head each": Case(**TWELVE, heads=4, kv_heads=4, head_dim=64, norms=False),
+    "one in turned int8 of wide heads": Case(**TWELVE, heads=64, kv_heads=4, head_dim=256),
+    "one of many rows in turned int8": Case(
+        start=tuple(range(0, 2048, 31)), count=(1,) * 67, capacity=2048, cache="int8", **QWEN, **ONE_LAYER
     ),
     "one of narrow heads": Case(start=(90, 3), count=(1, 1), head_dim=16, heads=6, norms=False),
     "one of wide heads": Case(start=(90, 3), count=(1, 1), head_dim=256, page=32),
@@ -53,7 +69,19 @@ def test_attention_equals_plain_numpy(name):
     check(CASES[name], triton_attention.attention)
 
 
-REPEATED = ("one", "one in pages of int8", "one alone in pieces", "one of many rows in pieces", "many in pages of 16")
+REPEATED = (
+    *("one", "one in pages of int8", "one alone in parts", "one of many rows in parts"),
+    *("one in turned int8 in pages of 16 with a window", "one of many rows in turned int8", "many in pages of 16"),
+)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "turned" in name])
+def test_scores_are_turned_where_cases_say_so(name):
+    case = CASES[name]
+    codes, page = case.cache == "int8", case.page or case.capacity
+    shape = (case.heads, case.kv_heads, case.head_dim, (0, 0, 0), 1e-6, page, case.capacity)
+    s = Statics(*shape, Cut(), jnp.float16, codes, False)
+    assert dataclasses.replace(s, cut=decode_cut(s, len(case.start))).turned
 
 
 @pytest.mark.parametrize("name", REPEATED)

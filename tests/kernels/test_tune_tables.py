@@ -96,7 +96,9 @@ def test_what_is_near_in_the_other_tables():
     assert len(near) < len(cases) / 2
     assert {(case.product, case.load) for case in near} == {(case.product, case.load) for case in cases}
     made = {(case.product, case.load, tune_rings.ring_of(case)) for case in near if "ring" in case.product}
-    for load in (1, 2, 4, 8, 16, 32, 64, 256):
+    with_rings = [load for load in tune_rings.LOADS if mosaic.rings(round(load * 128), 128)]
+    assert with_rings == [load for load in tune_rings.LOADS if load > 0.5]
+    for load in with_rings:
         up, down = (dataclasses.replace(ring, shared=False) for ring in rings_of(load))
         assert ("ring_up", load * 128, up) in made
         assert ("ring_down", load * 128, dataclasses.replace(down, lag=2)) in made
