@@ -75,7 +75,7 @@ def add_norm_next(
         return total.reshape(x.shape), norm.reshape(x.shape), after.reshape(())
 
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
-    if isinstance(y, Pairs):
+    if isinstance(y, Pairs):  # come of kernels that take the same dtypes, in steps that nobody differentiates
         return kernel((x, y, weight), index)
     if uses_triton(cfg) and triton_norm.takes(x, weight) and (y.ndim > x.ndim or y.dtype == x.dtype):
         return differentiable(kernel, specified)((x, y, weight), index)

@@ -1,10 +1,9 @@
 """Sums and norms between the branches of a layer on the Triton backend: one kernel where XLA makes several.
 
 `add_norm` adds a branch's output to the residual stream and normalises the sum; the output may come in parts or, of
-experts, in pairs. `add_norm_route` gives the router's
-logits of the normed sum too; for few tokens in the same kernel: its programs share the experts, and each normalises
-the tokens again, which is cheaper than another kernel. Vectors and routers come as stacks with a layer number, so
-nothing is sliced.
+experts, in pairs. `add_norm_route` gives the router's logits of the normed sum too; for few tokens in the same kernel:
+its programs share the experts, and each normalises the tokens again, which is cheaper than another kernel. Vectors and
+routers come as stacks with a layer number, so nothing is sliced.
 """
 
 from __future__ import annotations
@@ -87,7 +86,8 @@ def add_norm_route(
     """As add_norm, and the logits of a router: one kernel for few tokens, two for more.
 
     Args:
-      x, y, weight, layer, eps, interpret: as add_norm; weight [D] or [L, D].
+      x, weight, layer, eps, interpret: as add_norm; weight [D] or [L, D].
+      y: any float [T, D] or parts [P, T, D] of a sum.
       router: of x's dtype [E, D], or [L, E, D] with `layer`.
 
     Returns:

@@ -268,7 +268,7 @@ def test_a_token_past_the_capacity_is_not_written(tokens):
 @pytest.mark.parametrize("cache", ["", "int8"])
 def test_it_lowers_for_cuda_and_writes_in_place(tokens, rows, cache):
     """Of 20 rows the scores of int8 are turned."""
-    shape = {"page": 16, "capacity": 2048, "head_dim": 128}
+    shape: dict[str, Any] = {"page": 16, "capacity": 2048, "head_dim": 128}
     case = Case(start=(3,) * rows, count=(tokens,) * rows, tokens=tokens, cache=cache, **shape)
     args, _ = build(case)
     eps = args.pop("eps")
