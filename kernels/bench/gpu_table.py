@@ -1,8 +1,10 @@
 """One expert layer on an NVIDIA GPU, from router logits to output, beside Marlin's recorded times and the floor.
 
 A call runs several layers one after the other as one CUDA graph, each with its own weights and routing and the next on
-the last one's output; times are of many calls queued behind each other, divided by the layers. The floor is the time to
-read the live experts once, or to do the products, whichever is longer, so that skewed routing has a floor of its own.
+the last one's output; of few tokens it runs them several times, each time from new tokens and with new routing, so that
+it takes longer than the host takes to queue the next one. Times are of many calls queued behind each other, divided by
+the layers. The floor is the time to read the live experts once, or to do the products, whichever is longer, so that
+skewed routing has a floor of its own.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ PRODUCTS = 790e12  # bfloat16 operations a second of a large product, measured
 # Mosaic GPU kernels, each pair's output as well. One rounding is 1.7e-3, they are independent, and few numbers scatter.
 LARGEST_ERROR, OF_MANY_PAIRS = 2.9e-3, 3.3e-3
 CHECKED = 32  # tokens whose result is compared
+FEW, ROUNDS = 64, 4  # tokens up to which a call runs its layers so often
 
 
 def device() -> str:
@@ -87,27 +90,31 @@ def rows(
     routed_experts = backend(implementation).routed_experts
     for count in tokens:
         rng = np.random.default_rng(count)
-        logits = [jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)]
-        x = jnp.asarray(rng.standard_normal((count, d)), cfg.dtype)
+        rounds = ROUNDS if count <= FEW else 1
+        logits = [[jnp.asarray(route_logits(rng, count, e, routing)) for _ in range(layers)] for _ in range(rounds)]
+        xs = [jnp.asarray(rng.standard_normal((count, d)), cfg.dtype) for _ in range(rounds)]
 
-        def run(memory: Any, x: jax.Array, logits: list[jax.Array], stacks: Any) -> tuple[jax.Array, jax.Array]:
-            arrived = memory[1]
-            for layer in range(layers):
-                given = x, logits[layer], None, top_k, True, *stacks, layer, arrived
-                x, _, _, arrived = routed_experts(*given)
-            return x, arrived
+        def run(memory: Any, xs: list[jax.Array], logits: list[list[jax.Array]], stacks: Any) -> Any:
+            _, arrived = memory
+            ends = []
+            for x, routes in zip(xs, logits, strict=True):
+                for layer, route in enumerate(routes):
+                    x, _, _, arrived = routed_experts(x, route, None, top_k, True, *stacks, layer, arrived)
+                ends.append(x)
+            return ends, arrived
 
-        def memory(x: jax.Array = x) -> tuple[jax.Array, jax.Array]:
-            return jnp.copy(x), jnp.zeros(1, jnp.int32)
+        def memory(xs: list[jax.Array] = xs) -> Any:
+            return [jnp.copy(x) for x in xs], jnp.zeros(1, jnp.int32)
 
         began = time.perf_counter()
         # The result takes the last result's memory: a CUDA graph whose memory has moved is changed first.
-        step = jax.jit(run, donate_argnums=0, keep_unused=True).lower(memory(), x, logits, stacks).compile()
+        step = jax.jit(run, donate_argnums=0, keep_unused=True).lower(memory(), xs, logits, stacks).compile()
         compile_seconds = time.perf_counter() - began
         error = checked(stacks, count, top_k, routing, cfg.dtype, implementation) if check else None
-        took = [seconds / layers * 1e6 for seconds in times(step, memory(), (x, logits, stacks), repeats)]
-        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(memory(), x, logits, stacks)))  # noqa: B023
-        chosen = np.argsort(-np.stack(logits), axis=-1)[..., :top_k]
+        per_layer = 1e6 / layers / rounds
+        took = [seconds * per_layer for seconds in times(step, memory(), (xs, logits, stacks), repeats)]
+        clocks = gpu_state.clocks_under(lambda: jax.block_until_ready(step(memory(), xs, logits, stacks)))  # noqa: B023
+        chosen = np.argsort(-np.asarray(logits), axis=-1)[..., :top_k].reshape(rounds * layers, -1)
         live = float(np.mean([len(np.unique(layer)) for layer in chosen]))
         nbytes = sum(stack.nbytes for stack in stacks) / layers / e * live
         flops = 6 * count * top_k * d * f
