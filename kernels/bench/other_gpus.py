@@ -33,12 +33,12 @@ from ferrum_jax.config import ModelConfig
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.errors import ConfigError
 from ferrum_jax.sampling_filters import draw_best
-from ferrum_kernels import triton, triton_attention_cuts, triton_tiles
+from ferrum_kernels import triton, triton_tiles
 from ferrum_kernels.tiles import tile_all
 
 # KiB of shared memory that a program may have, by compute capability: the CUDA programming guide's table of them.
 SHARED = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}
-BATCHES, PROMPTS, LENGTHS, PAGE = (1, 4, 16, 64, 256), (16, 128, 1024), (512, 8192), 16
+BATCHES, PROMPTS, LENGTHS, PAGE = (1, 4, 16, 64, 256), (16, 128, 1024, 4096), (512, 8192), 16
 SPILLS = 64  # bytes of stack from which on it is said
 SETUP = 'error: Triton {}: pip install "triton>=3.6"'
 
@@ -182,9 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(cfg: ModelConfig, capability: str) -> int:
     """Print a line for each name of a kernel, and one for each that would not run or spills; how many would not run."""
     limit, seen, bad = SHARED[capability] * 1024, {}, 0
-    little = capability in triton_tiles.LITTLE_SHARED_MEMORY
     for name, function, shapes in programs(cfg):
-        with as_on_a_gpu(little):
+        with as_on_a_gpu(capability):
             kernels = kernels_of(function, *shapes)
         for kernel in kernels:
             if kernel in seen:
@@ -210,12 +209,10 @@ def report(cfg: ModelConfig, capability: str) -> int:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(little_memory: bool) -> Iterator[None]:
-    """Within, kernels are lowered as on a GPU with much or little shared memory for a program."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton, "unavailable", lambda: None))
-        for module in (triton, triton_tiles, triton_attention_cuts):
-            stack.enter_context(mock.patch.object(module, "little_memory", lambda: little_memory))
+def as_on_a_gpu(capability: str) -> Iterator[None]:
+    """Within, kernels are lowered as on a GPU of that compute capability."""
+    available = mock.patch.object(triton, "unavailable", lambda: None)
+    with available, mock.patch.object(triton_tiles, "capability", lambda: capability):
         yield
 
 

@@ -6,7 +6,7 @@ Most numbers were found on an H100 of 132 multiprocessors; where shared memory i
 from __future__ import annotations
 
 from ferrum_kernels.triton_statics import Cut, Statics
-from ferrum_kernels.triton_tiles import little_memory
+from ferrum_kernels.triton_tiles import before_hopper, little_memory
 
 
 def _tile(s: Statics, most: int) -> int:
@@ -47,6 +47,7 @@ def prefill_cut(s: Statics, batch: int, tokens: int) -> Cut:
     """How several new tokens per row are cut up: tiles of many queries, fewer where multiprocessors would idle."""
     little = little_memory()
     width = 64 if little else 256 if s.head_dim <= 128 else 128
+    width = min(width, 128, 128 * 128 // s.head_dim) if before_hopper() else width
     while width > 16 and batch * s.kv_heads * -(-tokens * s.padded_group // width) < 132:
         width //= 2
     count = min(max(1, width // s.padded_group), 1 << (tokens - 1).bit_length())

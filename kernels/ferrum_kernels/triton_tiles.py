@@ -58,9 +58,19 @@ def name_of(backend: str, device_kind: str) -> str:
     return f"{backend}-{device_kind.lower().replace(' ', '-').removeprefix('nvidia-')}"
 
 
+def capability() -> str:
+    """The default device's compute capability, such as "9.0"; empty where it has none."""
+    return str(getattr(jax.devices()[0], "compute_capability", ""))
+
+
 def little_memory() -> bool:
     """Whether a program of the default device has little shared memory."""
-    return str(getattr(jax.devices()[0], "compute_capability", "")) in LITTLE_SHARED_MEMORY
+    return capability() in LITTLE_SHARED_MEMORY
+
+
+def before_hopper() -> bool:
+    """Whether the default device's matrix units take their operands from registers, of which large tiles need many."""
+    return capability().startswith("8.")
 
 
 def _row(name: str, load: float) -> dict[str, Any]:

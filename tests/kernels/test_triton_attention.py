@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
-from ferrum_kernels import code_words, triton, triton_attend, triton_attention, triton_attention_cuts
+from ferrum_kernels import code_words, triton, triton_attend, triton_attention, triton_attention_cuts, triton_tiles
 from ferrum_kernels.errors import ShapeError
 from ferrum_kernels.triton_statics import Cut, Statics
 from tests.support.attention_cases import Case, build, check, fused, in_words
@@ -250,6 +250,17 @@ def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
         monkeypatch.setattr(triton_attention_cuts, "little_memory", lambda little=little: little)
         check(CASES["many with a window"], triton_attention.attention)
     assert cuts[1].tile < cuts[0].tile and cuts[1].stages < cuts[0].stages
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(64, 256), (128, 256), (256, 128)])
+def test_prompts_have_half_as_many_queries_in_a_tile_before_hopper(head_dim, width, monkeypatch):
+    """More of them spill registers where products take both operands from there: kernels/bench/other_gpus.py."""
+    s = Statics(32, 4, head_dim, (0, 0, 0), 1e-6, 8192, 8192, Cut(), jnp.bfloat16, False, False)
+    found = []
+    for capability in ("9.0", "8.0"):
+        monkeypatch.setattr(triton_tiles, "capability", lambda capability=capability: capability)
+        found.append(triton_attention_cuts.prefill_cut(s, 1, 4096).queries * s.padded_group)
+    assert found == [width, width // 2]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
