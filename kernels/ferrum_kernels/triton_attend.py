@@ -170,12 +170,16 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         store_strips(s, out["y"], (row, 0, query_head[:, None]), y, alive[:, None])
 
     def see(
-        s: Statics, row: Any, tiles: tuple[Any, Any], fresh: Any, heads: Heads
+        s: Statics, row: Any, tiles: tuple[Any, Any], fresh: Any, heads: Heads | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
-        """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums."""
+        """What queries, read here where they were not, see in some tiles, and of the new token where `fresh`.
+
+        Values, maxima and sums.
+        """
+        # Nothing branches on how much the row has: its heads are read while that number is still on its way.
         start, live = r["start"][row], r["count"][row] > 0
         until = jnp.where(live, lax.min(start, s.capacity), 0)
-        q, strips = queries(s, heads)
+        q, strips = queries(s, heads or asked(s, row))
         low = start - r["window"][0]
 
         def taken() -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -202,19 +206,19 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         return tuple(jnp.where(live, x * (1.0 / total)[:, None], 0.0) for x in seen), most, total
 
     if not s.cut.programs:
-        y, _, _ = see(s, me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True, asked(s, me))
+        y, _, _ = see(s, me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True, None)
         put(s, y, me)
         return
 
-    # Nothing branches on how much a row has: queries are read while that number is still on its way. Of several rows a
-    # program must first know which are its own.
+    # Queries of a row alone are read before a program knows what it takes of it; of several rows, which are its own
+    # comes first.
     only = asked(s, 0) if r["start"].shape[0] == 1 else None
 
     def take(mine: Share) -> None:
         # Rows are no less than zero, which the compiler does not know: it would compute all that depends on a thread's
         # place once, and hold it in registers from row to row.
         turn = dataclasses.replace(s, origin=lax.shift_right_arithmetic(jnp.int32(mine.row), 31) * s.head_dim)
-        y, most, total = see(turn, mine.row, mine.tiles, mine.fresh, only or asked(turn, mine.row))
+        y, most, total = see(turn, mine.row, mine.tiles, mine.fresh, only)
         first, last = mine.holders
 
         def keep() -> None:
