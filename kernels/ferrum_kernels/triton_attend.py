@@ -24,7 +24,7 @@ from ferrum_kernels.triton_flash import (
     sweep,
     unweave,
 )
-from ferrum_kernels.triton_heads import Place, new_heads, place, queries, query_heads, write
+from ferrum_kernels.triton_heads import Heads, Place, new_heads, place, queries, query_heads, write
 from ferrum_kernels.triton_statics import LOG2_E, Statics
 
 TURN = 2  # parts of a row that are added up at a time, for each warp
@@ -78,9 +78,10 @@ class Plan:
         half = lax.div(size + 1, jnp.full_like(size, 2))
         near = lax.min(jnp.full_like(size, s.cut.least + s.cut.fresh - 1), size - half)
         short = size <= s.cut.whole + s.cut.fresh
-        # Runs that would begin before `low` begin with the row; those from `high` on, with the next.
+        # Runs that would begin before `low` begin with the row; those from `high` on, with the next. Of a row in parts
+        # the first and the last are `near` units at least.
         low = before + jnp.where(short, half, near)
-        high = before + jnp.where(short, half, size - near)
+        high = before + jnp.where(short, half, size - near + 1)
         units = jnp.broadcast_to(self.units, jnp.shape(size))
         first, last = (lax.div(border * self.programs - 1, units) for border in (low, high))
         return first, last
@@ -96,18 +97,25 @@ def _seen(s: Statics, start: Any, count: Any, window: Any) -> tuple[Any, Any]:
 
 def _plan(s: Statics, units: Any, most: Any, programs: int) -> Plan:
     """Share some units, `most` of them of one row, among at most so many programs."""
-    parts = lax.div(units * s.cut.most_parts(most), most)
+    parts = s.cut.most_parts(most)
+    parts = parts if units is most else lax.div(units * parts, most)
     return Plan(units, lax.max(lax.min(lax.min(lax.div(units, s.cut.least), parts), programs), 1))
+
+
+def _share(s: Statics, plan: Plan, me: Any, row: Any, before: Any, seen: tuple[Any, Any]) -> Share:
+    """A program's share of a row, where it has one; see `Plan.holders` for `before` and `_seen` for `seen`."""
+    low, high = seen
+    past = before + s.cut.fresh + high - low
+    first, last = plan.holders(s, before, past - before)
+    begin = jnp.where(first < me, plan.begin(me), before)
+    end = jnp.where(me < last, plan.begin(me + 1), past)
+    tiles = (low + lax.max(begin - before - s.cut.fresh, 0), low + lax.max(end - before - s.cut.fresh, 0))
+    return Share(row, tiles, begin == before, (first, last))
 
 
 def _begun(s: Statics, r: Refs, me: Any, programs: int) -> tuple[Plan, tuple[Any, Any], Any]:
     """The plan, the first row that a program takes something of and the one after the last, and units before it."""
     batch, window = r["start"].shape[0], r["window"][0]
-    if batch == 1:
-        first, end = _seen(s, r["start"][0], r["count"][0], window)
-        plan = _plan(s, s.cut.fresh + end - first, s.cut.fresh + end - first, programs)
-        first, last = plan.holders(s, jnp.int32(0), s.cut.fresh + end - first)
-        return plan, ((last < me).astype(jnp.int32), (first <= me).astype(jnp.int32)), jnp.int32(0)
     row = s.lanes(1 << (batch - 1).bit_length())
     there = row < batch
     start, count = (read(r[name], (row,), there) for name in ("start", "count"))
@@ -122,17 +130,25 @@ def _begun(s: Statics, r: Refs, me: Any, programs: int) -> tuple[Plan, tuple[Any
 
 def walk(s: Statics, r: Refs, me: Any, programs: int, take: Callable[[Share], None]) -> None:
     """Take a program's share of each row that it has one of, row by row."""
+
+    def seen(row: Any) -> tuple[Any, Any]:
+        return _seen(s, r["start"][row], r["count"][row], r["window"][0])
+
+    if r["start"].shape[0] == 1:
+        # The same with less to compute. A loop all the same: what is read before a branch for use in it alone, the
+        # compiler reads in it.
+        low, high = seen(0)
+        size, none = s.cut.fresh + high - low, jnp.int32(0)
+        only = _share(s, _plan(s, size, size, programs), me, none, none, (low, high))
+        first, last = only.holders
+        lax.fori_loop((last < me).astype(jnp.int32), (first <= me).astype(jnp.int32), lambda *_: take(only), None)
+        return
     plan, rows, before = _begun(s, r, me, programs)
 
     def turn(row: Any, before: Any) -> Any:
-        low, high = _seen(s, r["start"][row], r["count"][row], r["window"][0])
-        past = before + s.cut.fresh + high - low
-        first, last = plan.holders(s, before, past - before)
-        begin = jnp.where(first < me, plan.begin(me), before)
-        end = jnp.where(me < last, plan.begin(me + 1), past)
-        tiles = tuple(low + lax.max(unit - before - s.cut.fresh, 0) for unit in (begin, end))
-        take(Share(row, tiles, begin == before, (first, last)))
-        return past
+        low, high = seen(row)
+        take(_share(s, plan, me, row, before, (low, high)))
+        return before + s.cut.fresh + high - low
 
     lax.fori_loop(rows[0], rows[1], turn, before)
 
@@ -144,6 +160,9 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
 
     head, me = pl.program_id(0), pl.program_id(1)
 
+    def asked(s: Statics, row: Any) -> Heads:
+        return query_heads(s, r, row, place(s, r, head, 0))
+
     def put(s: Statics, y: tuple[jax.Array, ...], row: Any) -> None:
         member = s.lanes(y[0].shape[0])
         alive = member < s.group
@@ -151,13 +170,16 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         store_strips(s, out["y"], (row, 0, query_head[:, None]), y, alive[:, None])
 
     def see(
-        s: Statics, row: Any, tiles: tuple[Any, Any], fresh: Any
+        s: Statics, row: Any, tiles: tuple[Any, Any], fresh: Any, heads: Heads | None
     ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
-        """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums."""
-        # Heads are read while how much the row has is still on its way: queries always, a new token where it is ours.
+        """What queries see in some tiles, and of the new token where `fresh`: values, maxima and sums.
+
+        The queries are `heads`, where they have been read. Nothing branches on how much the row has: heads are read
+        while that number is still on its way.
+        """
         start, live = r["start"][row], r["count"][row] > 0
         until = jnp.where(live, lax.min(start, s.capacity), 0)
-        q, strips = queries(s, query_heads(s, r, row, place(s, r, head, 0)))
+        q, strips = queries(s, heads or asked(s, row))
         low = start - r["window"][0]
 
         def taken() -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -184,15 +206,19 @@ def decode_kernel(s: Statics, r: Refs, out: Refs) -> None:
         return tuple(jnp.where(live, x * (1.0 / total)[:, None], 0.0) for x in seen), most, total
 
     if not s.cut.programs:
-        y, _, _ = see(s, me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True)
+        y, _, _ = see(s, me, _seen(s, r["start"][me], r["count"][me], r["window"][0]), True, None)
         put(s, y, me)
         return
+
+    # Queries of a row alone are read before a program knows what it takes of it; of several rows, which are its own
+    # comes first.
+    only = asked(s, 0) if r["start"].shape[0] == 1 else None
 
     def take(mine: Share) -> None:
         # Rows are no less than zero, which the compiler does not know: it would compute all that depends on a thread's
         # place once, and hold it in registers from row to row.
         turn = dataclasses.replace(s, origin=lax.shift_right_arithmetic(jnp.int32(mine.row), 31) * s.head_dim)
-        y, most, total = see(turn, mine.row, mine.tiles, mine.fresh)
+        y, most, total = see(turn, mine.row, mine.tiles, mine.fresh, only)
         first, last = mine.holders
 
         def keep() -> None:

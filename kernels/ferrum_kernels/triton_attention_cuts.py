@@ -25,14 +25,16 @@ def decode_cut(s: Statics, batch: int) -> Cut:
     # rows are to be shared by many. Where rows are about as many, rows alike are left whole.
     programs = max(1, (132 if fewest or (few and not s.codes) else 264) // s.kv_heads)
     programs = batch if 15 * programs <= 16 * batch <= 16 * programs else programs
-    tile = _tile(s, 128 if s.codes or fewest else 64)
+    # Small tiles where each has a program of its own; elsewhere two of them, one after the other, lose to a large one.
+    small = fewest and s.capacity <= 512 and batch * (1 - (-s.capacity // _tile(s, 64))) <= programs
+    tile = _tile(s, 64 if small or not (s.codes or fewest) else 128)
     return Cut(
         tile,
         warps=2 if s.codes and not fewest else 4,
         stages=3,
         programs=programs,
-        least=max(1, (128 if few else 256) // tile),
-        whole=whole // tile,
+        least=max(1, (64 if small else 128 if few else 256) // tile),
+        whole=(128 if small else whole) // tile,
         fresh=1 if few else 3,
     )
 

@@ -39,6 +39,9 @@ CASES = {
     ),
     "one in parts": Case(start=(300, 5, 17, 1000), count=(1, 1, 0, 1), capacity=1024, page=128),
     "one in many parts": Case(start=(0, 700, 17, 1023, 300), count=(1, 1, 0, 1, 1), capacity=1024),
+    "one alone in parts": Case(start=(700,), count=(1,), capacity=1024, page=128),
+    "one alone in small tiles of int8": Case(start=(500,), count=(1,), capacity=512, cache="int8", head_dim=64),
+    "one alone that is done": Case(start=(300,), count=(0,), capacity=512),
     "one in parts of int8 with a window": Case(**LONG, page=16, cache="int8", window=270, head_dim=64),
     "one with a window": Case(**LONG, window=40, head_dim=16),
     "one with a window of itself": Case(**RAGGED, window=1),
@@ -240,6 +243,12 @@ def test_each_tile_and_each_new_token_is_taken_once_in_even_runs(data):
 def test_a_row_has_no_more_parts_than_are_worth_adding_up():
     alone = [len(shares((n,), Cut(tile=64, programs=66, least=1, whole=8))) for n in (512, 1024, 2048, 8000)]
     assert alone == [1, 16, 17, 19]
+
+
+@pytest.mark.parametrize("lengths", [(320,), (320, 320, 320, 320)])
+def test_where_one_tile_is_worth_a_program_none_takes_two_while_others_have_none(lengths):
+    found = shares(lengths, Cut(tile=64, programs=66, least=1, whole=2))
+    assert [share.end - share.begin for share in found] == [0, 1, 1, 1, 1, 1] * len(lengths)
 
 
 def test_smaller_tiles_where_shared_memory_is_small_give_the_same(monkeypatch):
