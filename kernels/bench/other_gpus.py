@@ -40,7 +40,6 @@ from ferrum_kernels.tiles import tile_all
 SHARED = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}
 BATCHES, PROMPTS, LENGTHS, PAGE = (1, 4, 16, 64, 256), (16, 128, 1024, 4096), (512, 8192), 16
 SPILLS = 64  # bytes of stack from which on it is said
-SETUP = 'error: Triton {}: pip install "triton>=3.6"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import triton as compiler  # noqa: F401
     except ImportError:
-        print(SETUP.format("is not installed"), file=sys.stderr)
+        print('error: Triton is not installed: pip install "triton>=3.6"', file=sys.stderr)
         return 3
     cfg = dataclasses.replace(cfg, implementation="triton")
     bad = sum(report(cfg, capability) for capability in wanted)
