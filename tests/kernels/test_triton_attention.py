@@ -116,6 +116,7 @@ def test_the_product_may_come_in_parts(name):
         triton_attention.attention_fused(**{**fused(args), "qkv": qkv}, dtype=jnp.bfloat16)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("programs", [3, 66])
 @pytest.mark.parametrize("name", ["one in parts", "one in parts of int8 with a window"])
 def test_rows_in_parts_give_the_same_however_many_programs_share_them(name, programs, monkeypatch):
@@ -134,6 +135,7 @@ TURNED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("programs", [1, 5])
 @pytest.mark.parametrize("name", TURNED)
 def test_turned_scores_give_the_same(name, programs, monkeypatch):
