@@ -134,14 +134,16 @@ def programs(cfg: ModelConfig) -> Iterator[tuple[str, Callable[..., Any], tuple]
         pages = batch * length // PAGE
         return jax.eval_shape(lambda: fj.init_paged_cache(cfg, batch, pages, PAGE, length=length, dtype=dtype))
 
+    most = cfg.max_position
+    lengths = sorted({min(length, most) for length in LENGTHS})
     for dtype in (cfg.dtype, "int8"):
-        for length, batch in itertools.product(LENGTHS, BATCHES):
+        for length, batch in itertools.product(lengths, BATCHES):
             given = params, integers(batch), contiguous(batch, length, dtype)
             yield f"decode {batch} of {length} in {dtype}", decode, given
-        given = params, integers(BATCHES[-1]), paged(BATCHES[-1], LENGTHS[-1], dtype)
-        yield f"decode {BATCHES[-1]} of {LENGTHS[-1]} in pages in {dtype}", decode, given
-        for tokens in PROMPTS:
-            given = params, integers(1, tokens), integers(1), contiguous(1, 2 * PROMPTS[-1], dtype)
+        given = params, integers(BATCHES[-1]), paged(BATCHES[-1], lengths[-1], dtype)
+        yield f"decode {BATCHES[-1]} of {lengths[-1]} in pages in {dtype}", decode, given
+        for tokens in (tokens for tokens in PROMPTS if tokens <= most):
+            given = params, integers(1, tokens), integers(1), contiguous(1, min(2 * PROMPTS[-1], most), dtype)
             yield f"prompt of {tokens} in {dtype}", prefill, given
     for batch in (1, 64):
         keys = jax.eval_shape(lambda n=batch: jax.random.key_data(jax.random.split(jax.random.key(0), n)))
@@ -162,11 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wanted = options.capability.split(",")
     if unknown := [one for one in wanted if one not in SHARED]:
-        parser.error(f"compute capability {unknown[0]} is not known here; known are {', '.join(SHARED)}.")
+        parser.error(f"compute capability {unknown[0]!r} is not known here; known are {', '.join(SHARED)}.")
     try:
         cfg = load_toml_config(options.config)
     except ConfigError as error:
         parser.error(str(error))
+    if cfg.dtype not in ("bfloat16", "float16"):
+        parser.error(f"{options.config} has dtype {cfg.dtype!r}; the kernels take 'bfloat16' and 'float16': set one.")
+    if jax.__version_info__ < (0, 10, 2):
+        print(f"error: the Triton kernels need jax 0.10.2 or later; this is {jax.__version__}.", file=sys.stderr)
+        return 3
     try:
         import triton as compiler  # noqa: F401
     except ImportError:

@@ -43,6 +43,15 @@ def test_it_finds_the_kernels_of_a_models_programs(small):
     assert triton.unavailable() is not None or jax.default_backend() == "gpu"
 
 
+def test_what_a_model_cannot_hold_is_left_out(monkeypatch):
+    monkeypatch.setattr(other_gpus, "LENGTHS", (512, 8192))
+    cfg = dataclasses.replace(load_toml_config(CONFIG), implementation="triton")
+    names = [name for name, *_ in other_gpus.programs(cfg)]
+    assert cfg.max_position == 2048 and "prompt of 1024 in int8" in names
+    assert "decode 256 of 2048 in pages in bfloat16" in names
+    assert not any("8192" in name or "prompt of 4096" in name for name in names)
+
+
 def test_it_says_which_would_not_run(small, monkeypatch, capsys):
     kernel = other_gpus.Kernel
     large, wild, spilt = kernel("large", "a", 4, 2), kernel("wild", "b", 4, 2), kernel("spilt", "c", 4, 2)
@@ -66,9 +75,12 @@ def test_it_says_which_would_not_run(small, monkeypatch, capsys):
     assert lines[-1] == "2 kernels that would not run"
 
 
-def test_what_it_does_not_know_is_refused(capsys, monkeypatch):
+def test_what_it_does_not_know_is_refused(capsys, monkeypatch, tmp_path):
+    (tmp_path / "wide.toml").write_text(CONFIG.read_text().replace('"bfloat16"', '"float32"'))
     for arguments, message in (
-        (["--capability", "7.5"], "compute capability 7.5 is not known here; known are 8.0, 8.6, "),
+        (["--capability", "7.5"], "compute capability '7.5' is not known here; known are 8.0, 8.6, "),
+        (["--capability", "8.0,"], "compute capability '' is not known here; known are 8.0, 8.6, "),
+        (["--config", str(tmp_path / "wide.toml")], "has dtype 'float32'; the kernels take 'bfloat16' and 'float16'"),
         (["--config", "none.toml"], "none.toml"),
     ):
         with pytest.raises(SystemExit):
