@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ferrum_jax.generation import Step as Step
     from ferrum_jax.generation import generate as generate
     from ferrum_jax.generation import stream_generate as stream_generate
+    from ferrum_jax.kept import keep_programs as keep_programs
     from ferrum_jax.model import decode_step as decode_step
     from ferrum_jax.model import forward as forward
     from ferrum_jax.model import prefill as prefill
@@ -64,6 +65,7 @@ _NAMES = {
     "ferrum_jax.config": ("ModelConfig",),
     "ferrum_jax.engine": ("Engine", "Event"),
     "ferrum_jax.generation": ("Step", "generate", "stream_generate"),
+    "ferrum_jax.kept": ("keep_programs",),
     "ferrum_jax.model": ("decode_step", "forward", "prefill"),
     "ferrum_jax.moe": ("combine", "dispatch", "moe_layer", "route"),
     "ferrum_jax.paged": ("PagedCache", "init_paged_cache"),

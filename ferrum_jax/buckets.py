@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from ferrum_jax import kept
 from ferrum_jax.errors import CapacityError, ConfigError, RetraceError
 
 BETWEEN_TOKENS = 2**10  # of prompts that an engine reads between two tokens of its other sequences, unless told
@@ -124,7 +125,8 @@ class CompileRecord:
     Attributes:
       step: name of the function.
       bucket: its key.
-      seconds: tracing, and compiling or reading the persistent cache; of `compile_together` these overlap.
+      seconds: tracing, and compiling or reading the compile cache, or reading the whole program where programs are
+        kept; of `compile_together` these overlap.
       temp_bytes: temporary memory of the program, where the device tells.
     """
 
@@ -143,17 +145,22 @@ class BucketedStep:
     [2.0, 2.0]
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], donate: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Any], donate: tuple[str, ...] = (), constants: tuple | None = None
+    ) -> None:
         """Wrap a function of keyword arguments.
 
         Args:
           name: for records and errors.
           function: pure; called with keyword arguments only.
           donate: names of arguments whose buffers the step may reuse.
+          constants: all that the function's result depends on besides its arguments, as values whose repr says all of
+            them; two functions never share a name and constants. None: its programs are not kept, see `keep_programs`.
         """
         self.name = name
         self.records: list[CompileRecord] = []
         self._jitted = jax.jit(function, donate_argnames=donate)
+        self._donate, self._constants = donate, constants
         self._compiled: dict[Hashable, tuple[dict[str, Any], Any]] = {}
 
     def __call__(self, bucket: Hashable, **arguments: Any) -> Any:
@@ -175,31 +182,40 @@ class BucketedStep:
         return compiled(**arguments)
 
     def trace(self, bucket: Hashable, **arguments: Any) -> Callable[[], None]:
-        """Trace the program of a bucket, unless it is compiled.
+        """Trace the program of a bucket, unless it is compiled or a file keeps it.
 
         Args:
           bucket: hashable key.
           **arguments: the function's arguments, or their shapes.
 
         Returns:
-          What compiles it, in whichever thread; see `compile_together`.
+          What compiles or reads it, in whichever thread; see `compile_together`.
         """
         if bucket in self._compiled:
             return lambda: None
         began = time.perf_counter()
-        with _uncollected():
-            lowered = self._jitted.lower(**arguments)
+        file = None
+        if self._constants is not None:
+            file = kept.file_for((self.name, *self._constants), self._donate, arguments)
+        lowered = None if file and file.exists() else self._lower(arguments)
         traced = time.perf_counter() - began
 
         def finish() -> None:
             began = time.perf_counter()
-            compiled = lowered.compile()
+            found = kept.read(file) if file and lowered is None else None
+            compiled = found or (lowered or self._lower(arguments)).compile()
             memory = compiled.memory_analysis()
             temp = None if memory is None else memory.temp_size_in_bytes
             self.records.append(CompileRecord(self.name, bucket, traced + time.perf_counter() - began, temp))
             self._compiled[bucket] = _signature(arguments), compiled
+            if file and not found:
+                kept.write(file, compiled)
 
         return finish
+
+    def _lower(self, arguments: dict[str, Any]) -> jax.stages.Lowered:
+        with _uncollected():
+            return self._jitted.lower(**arguments)
 
 
 @contextlib.contextmanager

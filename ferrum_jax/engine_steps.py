@@ -107,11 +107,12 @@ class EngineSteps:
         Args:
           cfg: the model's configuration.
         """
+        self._cfg = cfg
         # Traced once for each of its shapes, whatever samples from its logits.
         self._prefill = jax.jit(functools.partial(prefill, cfg=cfg))
         self._decode: dict[SamplerPlan, BucketedStep] = {}
         self._read: dict[SamplerPlan, BucketedStep] = {}
-        self._admit = BucketedStep("admit", _admit, ("state",))
+        self._admit = BucketedStep("admit", _admit, ("state",), ())
 
     def decode(self, plan: SamplerPlan, params: Any, control: np.ndarray, state: EngineState) -> Any:
         """One token for each row, the one it sampled last; (Sampled, state)."""
@@ -147,7 +148,8 @@ class EngineSteps:
         """What decodes, or reads tokens, and the bucket of these arguments."""
         steps, name = (self._decode, "decode") if tokens is None else (self._read, "read")
         if plan not in steps:
-            steps[plan] = BucketedStep(name, functools.partial(advance, plan, self._prefill), ("state",))
+            function = functools.partial(advance, plan, self._prefill)
+            steps[plan] = BucketedStep(name, function, ("state",), ("engine", self._cfg, plan))
         return steps[plan], control.shape if tokens is None else (*tokens.shape, control.shape[1])
 
 

@@ -84,8 +84,8 @@ class Programs:
 
     def __init__(self, cfg: ModelConfig, plan: SamplerPlan, read: Callable[..., Any]) -> None:
         self.cfg, self.plan, self._read = cfg, plan, read
-        self.prefill = BucketedStep("prefill", self._prefill, ("cache", "logits"))
-        self.sample = BucketedStep("sample", self._sample, ("state",))
+        self.prefill = BucketedStep("prefill", self._prefill, ("cache", "logits"), (cfg,))
+        self.sample = BucketedStep("sample", self._sample, ("state",), (plan,))
         self._decode_by_count: dict[int, BucketedStep] = {}
 
     def decode(self, count: int) -> BucketedStep:
@@ -93,7 +93,7 @@ class Programs:
         if count not in self._decode_by_count:
             function = functools.partial(decode_steps, self._read, self.plan, count)
             name = "decode" if count == 1 else f"decode {count}"
-            self._decode_by_count[count] = BucketedStep(name, function, ("cache", "state"))
+            self._decode_by_count[count] = BucketedStep(name, function, ("cache", "state"), (self.cfg, self.plan))
         return self._decode_by_count[count]
 
     def records(self) -> list[CompileRecord]:

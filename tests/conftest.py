@@ -27,6 +27,7 @@ import jax
 import pytest
 
 from ferrum_jax.generation import steps_for
+from ferrum_jax.kept import keep_programs
 from tests.support.compiling import Compilations, quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -64,6 +65,13 @@ def forget_programs() -> Iterator[None]:
         programs.count = 0
         steps_for.cache_clear()
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def trace_programs() -> Iterator[None]:
+    """No program of another test, as a command keeps them: tests replace functions that programs are made of."""
+    yield
+    keep_programs(False)
 
 
 def pytest_collection_finish() -> None:

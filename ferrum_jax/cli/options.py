@@ -134,6 +134,7 @@ def start_jax(options: Loading) -> None:
       BackendError: the implementation is unknown, or none is made for the device.
     """
     from ferrum_jax.environment import check_platform
+    from ferrum_jax.kept import keep_programs
 
     with Status("starting JAX", options.quiet):
         try:
@@ -141,6 +142,7 @@ def start_jax(options: Loading) -> None:
             import jax
 
             jax.devices()
+            keep_programs()
         except (BackendError, RuntimeError) as error:
             advice = "" if isinstance(error, BackendError) else " Run  ferrum-jax doctor  to see why."
             raise CannotStart(f"{' '.join(str(error).split())}{advice}") from error

@@ -1,7 +1,8 @@
 """Seconds from a process that begins to the first token, by phase: python kernels/bench/cold_start.py MODEL.
 
 Each start is a process of its own: the first with empty caches in a temporary folder, the second with what the first
-has left there, the third from the checkpoint with compiled programs kept and no weights kept.
+has left there, the third from the checkpoint with compiled programs kept and no weights kept, the fourth from kept
+weights and JAX's compile cache alone, so that it traces every program.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 before = most()
 options = json.loads(sys.argv[2])
+fj.keep_programs(options.pop("keep_programs", True))
 model = fj.load(sys.argv[1], **options)
 jax.block_until_ready(model.params)
 loaded = time.time()
@@ -68,7 +70,7 @@ def start(model: str, caches: Path, **options: object) -> dict:
 
 
 def main() -> None:
-    """Start three times, print a table or JSON."""
+    """Start four times, print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--caches", type=Path, help="keep the caches in this folder; without it they are temporary")
@@ -80,6 +82,7 @@ def main() -> None:
             "first": start(options.model, caches, weight_cache=True),
             "second": start(options.model, caches, weight_cache=True),
             "second, weights not kept": start(options.model, caches, weight_cache=False),
+            "second, programs traced": start(options.model, caches, weight_cache=True, keep_programs=False),
         }
     if options.json:
         print(json.dumps(rows, indent=2))

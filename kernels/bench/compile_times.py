@@ -1,11 +1,12 @@
-"""How long the programs of a decode step take to compile, first and from the persistent cache.
+"""How long the programs of a decode step take to compile: first, from JAX's compile cache, and kept whole.
 
     python kernels/bench/moe_layer.py --compile-times
 
-Two processes, one after the other, compile `decode_step` of the whole model for each batch; they share a cache folder
-that is empty at first. Neither has weights: programs are compiled for shapes. They compile together, as those of
-`Engine.warm_up`: a batch's time is from tracing to a program that is ready, and all of them take less than the sum.
-Imports are left out.
+Three processes, one after the other, compile `decode_step` of the whole model for each batch; they share a cache folder
+that is empty at first. The second traces and lowers and finds what is compiled, the third reads programs that the first
+has kept whole (`ferrum_jax.keep_programs`). None has weights: programs are compiled for shapes. They compile together,
+as those of `Engine.warm_up`: a batch's time is from its beginning to a program that is ready, and all of them take less
+than the sum. Imports are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure(config: Path, batches: list[int], implementation: str | None) -> dict[str, Any]:
-    """Seconds of each batch, in a process with an empty cache and in one after it."""
+    """Seconds of each batch: with an empty cache, in a process after that, and in one that reads whole programs."""
     with tempfile.TemporaryDirectory(prefix="ferrum-jax-compile-") as folder:
         paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
@@ -36,36 +37,40 @@ def measure(config: Path, batches: list[int], implementation: str | None) -> dic
         }
         command = [sys.executable, __file__, str(config), ",".join(map(str, batches)), implementation or ""]
         found = []
-        for _ in range(2):
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        for keeps in (True, False, True):
+            ended = subprocess.run([*command, str(int(keeps))], env=environment, capture_output=True, text=True)
             if ended.returncode:
                 raise SystemExit(f"error: the process that compiles failed:\n{ended.stderr[-2000:]}")
             found.append(json.loads(ended.stdout.splitlines()[-1]))
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    (first, first_all), (cached, cached_all) = found
+    (first, first_all), (cached, cached_all), (kept, kept_all) = found
     return {
         "batches": batches,
         "first_seconds": first,
         "cached_seconds": cached,
+        "kept_seconds": kept,
         "first_all": first_all,
         "cached_all": cached_all,
+        "kept_all": kept_all,
         "cache_bytes": size,
     }
 
 
 def text_of(found: dict[str, Any]) -> str:
     """A measurement for people."""
-    lines = ["batch   first, s   from the cache, s"]
-    for batch, first, cached in zip(found["batches"], found["first_seconds"], found["cached_seconds"], strict=True):
-        lines.append(f"{batch:5} {first:10.2f} {cached:18.2f}")
-    lines.append(f"all   {found['first_all']:10.2f} {found['cached_all']:18.2f}")
-    return "\n".join(lines)
+    columns = (found[name] for name in ("batches", "first_seconds", "cached_seconds", "kept_seconds"))
+    rows = [*zip(*columns, strict=True), ("all", found["first_all"], found["cached_all"], found["kept_all"])]
+    lines = [f"{batch!s:5} {first:10.2f} {cached:18.2f} {kept:15.2f}" for batch, first, cached, kept in rows]
+    return "\n".join(["batch   first, s   from the cache, s   kept whole, s", *lines])
 
 
-def compile_all(config: Path, batches: list[int], implementation: str | None) -> tuple[list[float], float]:
+def compile_all(
+    config: Path, batches: list[int], implementation: str | None, keeps: bool = False
+) -> tuple[list[float], float]:
     """Seconds that each batch's decode step takes to be ready, and that all of them take together."""
     import contextlib
     import dataclasses
+    import functools
 
     import jax
     import jax.numpy as jnp
@@ -79,10 +84,12 @@ def compile_all(config: Path, batches: list[int], implementation: str | None) ->
     params = jax.eval_shape(layout_for(cfg), fj.abstract(cfg))
     caches = [jax.eval_shape(lambda batch=batch: fj.init_cache(cfg, batch, CACHE_LENGTH)) for batch in batches]
     jax.block_until_ready(jnp.zeros(1) + 1)  # the device is up, and so is its compiler
+    fj.keep_programs(keeps)
     with contextlib.suppress(ImportError):
         from jax.experimental.pallas import triton  # noqa: F401  imports are not part of it, and this is one more
     decode_step = fj.decode_step  # imports the model
-    step = BucketedStep("decode", lambda params, token, cache: decode_step(params, token, cache, cfg), ("cache",))
+    function = functools.partial(decode_step, cfg=cfg)
+    step = BucketedStep("decode", function, ("cache",), ("compile_times", cfg))
 
     def trace(batch: int, cache: Any) -> Any:
         return step.trace(batch, params=params, token=jax.ShapeDtypeStruct((batch,), jnp.int32), cache=cache)
@@ -95,5 +102,6 @@ def compile_all(config: Path, batches: list[int], implementation: str | None) ->
 
 
 if __name__ == "__main__":
-    path, batches, name = sys.argv[1:]
-    print(json.dumps(compile_all(Path(path), [int(batch) for batch in batches.split(",")], name or None)))
+    path, batches, name, keeps = sys.argv[1:]
+    counts = [int(batch) for batch in batches.split(",")]
+    print(json.dumps(compile_all(Path(path), counts, name or None, keeps == "1")))
