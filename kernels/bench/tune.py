@@ -36,7 +36,16 @@ from tune_cases import Case
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "ferrum_kernels"
 SOURCES = (  # of the kernels that are measured
-    *("mosaic_cut", "mosaic_few", "mosaic_matmul", "mosaic_registers", "mosaic_warps", "triton_call", "triton_decode"),
+    *(
+        "mosaic_cut",
+        "mosaic_few",
+        "mosaic_loop",
+        "mosaic_matmul",
+        "mosaic_registers",
+        "mosaic_warps",
+        "triton_call",
+        "triton_decode",
+    ),
     *("triton_few", "triton_matmul", "triton_norm", "triton_place", "triton_route", "triton_rows", "triton_tiles"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -210,14 +211,26 @@ def share_of(work: Work, warpgroup: Any) -> tuple[Any, ...]:
     return jnp.where(work.shared, warpgroup, 0), jnp.where(work.shared, 2, 1), jnp.where(work.shared, 0, warpgroup)
 
 
-def by_columns(s: Statics, count: Any, run: Any) -> None:
-    """Call run with the fewest columns that hold so many rows."""
-    from jax.experimental import pallas as pl
+def when(condition: Any, run: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+    """Call run if a condition holds, else the other.
 
-    least = 0
-    for columns in s.ring.columns:
-        pl.when((count > least) & (count <= columns))(functools.partial(run, columns))
-        least = columns
+    `pl.when` converts its condition to a number, and for each such conversion JAX runs ptxas to ask for its version:
+    the forty of a layer were a third of the time that a decode step took to lower.
+    """
+    choose(lax.select(condition, jnp.int32(1), jnp.int32(2 if otherwise else 0)), *filter(None, (run, otherwise)))
+
+
+def choose(which: Any, *runs: Callable[[], None]) -> None:
+    """Call the first function for 1, the second for 2, and none for 0."""
+    lax.switch(which, [lambda: None, *runs])  # JAX lowers the first of them twice
+
+
+def by_columns(s: Statics, count: Any, run: Callable[[int], None]) -> None:
+    """Call run with the fewest columns that hold so many rows, of which there is one at least."""
+    which = jnp.int32(1)
+    for columns in s.ring.columns[:-1]:
+        which += lax.select(count > columns, jnp.int32(1), jnp.int32(0))
+    choose(which, *(functools.partial(run, columns) for columns in s.ring.columns))
 
 
 def slot_of(s: Statics, step: Any) -> Any:

@@ -28,15 +28,15 @@ from ferrum_kernels.mosaic_cut import (
     row_of,
     share_of,
     slot_of,
+    when,
 )
-from ferrum_kernels.mosaic_registers import GROUP, RUN, THREADS
-
-AHEAD = 16  # columns of which a group is loaded before the last one is multiplied
+from ferrum_kernels.mosaic_loop import sums as add_up
+from ferrum_kernels.mosaic_loop import turns_of
+from ferrum_kernels.mosaic_registers import GROUP, THREADS
 
 
 def body(s: Statics, registers: tuple[int, int], refs: Refs) -> None:
     """Of the kernel; `registers` are those of a thread that multiplies and of one that copies."""
-    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     # Told to be full by the thread that starts the copies, and by each thread that gathers when its pieces are there.
@@ -44,15 +44,15 @@ def body(s: Statics, registers: tuple[int, int], refs: Refs) -> None:
     _init(s.ring.stages, s.ring.warpgroups * THREADS // 32)(refs.empty)
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup == s.ring.warpgroups)
-    def _() -> None:
+    def copy() -> None:
         plgpu.set_max_registers(registers[1], action="decrease")
         _copy(s, refs)
 
-    @pl.when(warpgroup < s.ring.warpgroups)
-    def _() -> None:
+    def multiply() -> None:
         plgpu.set_max_registers(registers[0], action="increase")
         _multiply(s, refs, warpgroup)
+
+    when(warpgroup == s.ring.warpgroups, copy, multiply)
 
 
 def _at(s: Statics, step: Any) -> tuple[Any, Any]:
@@ -60,13 +60,10 @@ def _at(s: Statics, step: Any) -> tuple[Any, Any]:
     return slot_of(s, step), lax.div(step, jnp.int32(s.ring.stages)) & 1
 
 
-def _after(s: Statics, slot: Any, odd: Any, steps: Any = 1) -> tuple[Any, Any]:
-    """`_at` so many steps on, fewer than there are slots."""
-    if isinstance(steps, int):  # one, as slots come back to the first
-        last, begin = slot == s.ring.stages - 1, 0
-    else:
-        last, begin = slot >= s.ring.stages - steps, slot + (steps - s.ring.stages)
-    return jnp.where(last, begin, slot + steps), jnp.where(last, odd ^ 1, odd)
+def _after(s: Statics, slot: Any, odd: Any) -> tuple[Any, Any]:
+    """`_at` one step on: slots come back to the first."""
+    last = slot == s.ring.stages - 1
+    return jnp.where(last, 0, slot + 1), jnp.where(last, odd ^ 1, odd)
 
 
 def _copy(s: Statics, refs: Refs) -> None:
@@ -89,12 +86,11 @@ def _copy(s: Statics, refs: Refs) -> None:
 
         def copy_group(columns: int, k: Any, at: Any) -> Any:
             slot, odd, used = at
-            pl.when(used)(lambda: _wait(refs.empty, slot, odd ^ 1))
+            when(used, lambda: _wait(refs.empty, slot, odd ^ 1))
             if work.shared is None:
                 start(columns, 1, slot, k)
             else:
-                pl.when(work.shared)(lambda: start(columns, 2, slot, k))
-                pl.when(~work.shared)(lambda: start(columns, 1, slot, k))
+                when(work.shared, lambda: start(columns, 2, slot, k), lambda: start(columns, 1, slot, k))
             if s.gathers:
                 pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k, work.count)
                 _tell_when_gathered(refs.full, slot)
@@ -112,45 +108,17 @@ def _copy(s: Statics, refs: Refs) -> None:
 
 
 def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def multiply_block(work: Work, columns: int) -> None:
-        load, multiply, write = warps.load(s, columns), warps.multiply(s, columns), warps.write(s, columns)
+        write = warps.write(s, columns)
         begin, every, *outputs = share_of(work, warpgroup)
-
-        def load_next(slot: Any, odd: Any) -> Any:
-            _wait(refs.full, slot, odd)
-            given = load(refs.words_ring, refs.x_ring, refs.scales_ring, slot, *outputs)
-            _arrive(refs.empty, slot, every)
-            return _after(s, slot, odd, every), given
-
-        def step(_: Any, carry: Any) -> Any:
-            at, sums = carry
-            at, given = load_next(*at)
-            return at, multiply(sums, given)
-
-        def step_ahead(carry: Any) -> Any:
-            at, given, sums = carry
-            at, after = load_next(*at)
-            return at, after, multiply(sums, given)
-
-        def times(whole: int, half: int) -> Any:
-            return whole if work.shared is None else jnp.where(work.shared, half, whole)
-
         rows = warps.targets(columns, s.by_pair)(refs.order, row_of(s, work), work.count)
-        zero = plgpu.layout_cast(jnp.zeros((2 * RUN, columns), jnp.float32), pieces.layouts()[2])
-        at, sums = _at(s, work.turn * s.groups + begin), [zero] * s.ring.parts
-        if columns > AHEAD:
-            _, sums = lax.fori_loop(0, times(s.groups, s.groups // 2), step, (at, sums))
-        else:
-            turns, rest = divmod(s.groups - 1, 2)  # where turns are shared half as many groups leave the same rest
-            carry = *load_next(*at), sums
-            # Two steps a turn: of one, the next group's registers would be moved to where the last one's were.
-            turns = times(turns, (s.groups // 2 - 1) // 2)
-            carry = lax.fori_loop(0, turns, lambda _, carry: step_ahead(step_ahead(carry)), carry)
-            _, given, sums = step_ahead(carry) if rest else carry
-            sums = multiply(sums, given)
+        turns, more = turns_of(s.groups, columns), ()
+        if work.shared is not None:
+            turns, more = jnp.where(work.shared, turns_of(s.groups // 2, columns), turns), (every, *outputs)
+        rings = refs.words_ring, refs.x_ring, refs.scales_ring, refs.full, refs.empty
+        at = _at(s, work.turn * s.groups + begin)
+        sums = add_up(s, columns)(*rings, *at, jnp.int32(turns), *more)
 
         def write_all() -> None:
             for part, total in enumerate(sums):
@@ -164,8 +132,7 @@ def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
         if work.shared is None:
             write_all()
         else:
-            pl.when(work.shared)(write_one)
-            pl.when(~work.shared)(write_all)
+            when(work.shared, write_one, write_all)
 
     each_tile(s, refs, lambda work, _: by_columns(s, work.count, functools.partial(multiply_block, work)))
 
@@ -216,16 +183,6 @@ def _wait(barriers: Any, slot: Any, odd: Any) -> None:
     """Until the phase of that parity is over."""
     text = "{ .reg .pred p; W${:uid}: mbarrier.try_wait.parity.shared.b64 p, [$0], $1, 10000000; @!p bra W${:uid}; }"
     _at_barrier(text, barriers, slot, odd)
-
-
-def _arrive(barriers: Any, slot: Any, count: Any) -> None:
-    """Of each warp once, which counts as so many."""
-    text = "{ .reg .pred p; .reg .b32 lane; bar.warp.sync -1; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; "
-    text += "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0]"
-    if isinstance(count, int):
-        _at_barrier(text + f", {count}; }}", barriers, slot)
-    else:
-        _at_barrier(text + ", $1; }", barriers, slot, count)
 
 
 def _tell_when_gathered(barriers: Any, slot: Any) -> None:

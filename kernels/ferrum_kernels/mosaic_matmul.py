@@ -26,6 +26,7 @@ from ferrum_kernels.mosaic_cut import (
     is_work,
     row_of,
     slot_of,
+    when,
 )
 from ferrum_kernels.mosaic_cut import Ring as Ring
 from ferrum_kernels.mosaic_registers import GROUP, RUN
@@ -135,8 +136,7 @@ def _body(s: Statics, *given: Any, **scratch: Any) -> None:
         return
     refs = Refs(*given, **scratch)
     warpgroup = lax.axis_index("warpgroup")
-    pl.when(warpgroup == s.ring.warpgroups)(lambda: _copy(s, refs))
-    pl.when(warpgroup < s.ring.warpgroups)(lambda: _multiply(s, refs, warpgroup))
+    when(warpgroup == s.ring.warpgroups, lambda: _copy(s, refs), lambda: _multiply(s, refs, warpgroup))
 
 
 def _copy(s: Statics, refs: Refs) -> None:
@@ -162,7 +162,7 @@ def _copy(s: Statics, refs: Refs) -> None:
             step = work.turn * s.groups + k
             slot = slot_of(s, step)
             full = refs.full.at[slot]
-            pl.when(step >= s.ring.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
+            when(step >= s.ring.stages, lambda: plgpu.barrier_wait(refs.empty.at[slot]))
             group = first + k
             size = s.ring.outputs // s.copied
             for i in range(s.copied):
@@ -176,7 +176,7 @@ def _copy(s: Statics, refs: Refs) -> None:
             if s.gathers:
                 pieces.gather(block, columns)(refs.x, where, refs.x_ring.at[slot], k, work.count)
                 pieces.instruction("cp.async.commit_group;")
-                pl.when(step >= lag)(lambda: arrived(step - lag, lag))
+                when(step >= lag, lambda: arrived(step - lag, lag))
             else:
                 row = pl.multiple_of(work.block * block, block)
                 from_ = pl.ds(row, columns), pl.ds(pl.multiple_of(k * GROUP, GROUP), GROUP)
@@ -185,12 +185,13 @@ def _copy(s: Statics, refs: Refs) -> None:
         by_columns(
             s, work.count, lambda columns: lax.fori_loop(0, s.groups, functools.partial(copy_group, columns), None)
         )
-        if s.gathers:
 
-            @pl.when(~is_work(s, after))
-            def _() -> None:
-                for left in range(lag, 0, -1):
-                    arrived((work.turn + 1) * s.groups - left, left - 1)
+        def rest() -> None:
+            for left in range(lag, 0, -1):
+                arrived((work.turn + 1) * s.groups - left, left - 1)
+
+        if s.gathers:
+            when(~is_work(s, after), rest)
 
     each_tile(s, refs, run)
 

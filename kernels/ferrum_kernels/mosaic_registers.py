@@ -61,19 +61,15 @@ def single(register: Any) -> Any:
     return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
-def decode_plane(pair: Any, plane: int) -> Any:
-    """A plane's codes of two containers in a register as two of bfloat16: (code - 8) / UNIT."""
-    i32 = types()[0]
-    if plane >= 2:
-        pair = asm(i32, "shr.b32 $0, $1, 8;", "=r,r", pair)
+def decode_text(plane: int, into: str, pair: str) -> str:
+    """PTX for a plane's codes of two containers in a register as two of bfloat16: (code - 8) / UNIT."""
+    shifted = f"shr.b32 t, {pair}, 8;" if plane >= 2 else f"mov.b32 t, {pair};"
     # With these bits around it the code of an even plane is 32 + code / 4. That of an odd plane is, where it lies, the
     # subnormal number code / 2^129, which 2^127 makes code / 4: no shift for it.
-    text = "{ .reg .b32 t, m, u; mov.b32 m, 0xc208c208; mov.b32 u, 0x3f803f80; "
-    text += "lop3.b32 t, $1, 0x000f000f, 0x42004200, 0xea; fma.rn.bf16x2 $0, t, u, m; }"
-    if plane % 2:
-        text = "{ .reg .b32 t, m, u; mov.b32 m, 0xc000c000; mov.b32 u, 0x7f007f00; "
-        text += "and.b32 t, $1, 0x00f000f0; fma.rn.bf16x2 $0, t, u, m; }"
-    return asm(i32, text, "=r,r", pair)
+    masked = "and.b32 t, t, 0x00f000f0;" if plane % 2 else "lop3.b32 t, t, 0x000f000f, 0x42004200, 0xea;"
+    factor, term = ("0x7f007f00", "0xc000c000") if plane % 2 else ("0x3f803f80", "0xc208c208")
+    constants = f".reg .b32 t, m, u; mov.b32 u, {factor}; mov.b32 m, {term};"
+    return f"{{ {constants} {shifted} {masked} fma.rn.bf16x2 {into}, t, u, m; }}"
 
 
 def decode() -> Any:
@@ -92,7 +88,8 @@ def decode() -> Any:
         registers = np.empty(fa.WGMMA_LAYOUT.registers_shape((2 * RUN, GROUP)), dtype=object)
         flat = registers.reshape(GROUP // RUN, RUN // 8, 2)
         for plane, column, run in np.ndindex(flat.shape):
-            flat[plane, column, run] = llvm.bitcast(pair, decode_plane(words[run][column], plane))
+            decoded = asm(i32, decode_text(plane, "$0", "$1"), "=r,r", words[run][column])
+            flat[plane, column, run] = llvm.bitcast(pair, decoded)
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
     ref = plgpu.RefType(transforms(64))
@@ -115,14 +112,14 @@ def containers_of_lane(warp: Any) -> Any:
     return arith.addi(arith.muli(row, c(128)), arith.muli(arith.xori(piece, arith.andi(row, c(7))), c(16)))
 
 
-def load_matrices(at: Any, more: int = 0) -> list[Any]:
+def load_matrices(at: Any) -> list[Any]:
     """Four matrices [8, 8] of 16 bits from shared memory, whose 32 rows the lanes name."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm
 
     i32 = types()[0]
     four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    text = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0, $1, $2, $3}}, [$4+{more}];"
+    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
     loaded = asm(four, text, "=r,=r,=r,=r,r", at, effects=True)
     return [llvm.extractvalue(i32, loaded, [i]) for i in range(4)]
 
@@ -156,6 +153,17 @@ def _scale(array: Any) -> Any:
     f32 = types()[2]
     text = "{ .reg .pred p; .reg .f32 t; mov.f32 t, 0f21800000; setp.eq.f32 p, $1, 0f00000000; selp.f32 $0, t, $1, p; }"
     return asm(f32, text, "=f,f", single(array.registers.flat[0]))
+
+
+def place() -> tuple[Any, Any, Any]:
+    """This thread's warpgroup, warp of it and lane, int32."""
+    import jax.experimental.mosaic.gpu as mgpu
+    from jaxlib.mlir.dialects import arith
+
+    i32 = types()[0]
+    thread = mgpu.thread_idx()
+    warp = arith.andi(arith.shrui(thread, mgpu.c(5, i32)), mgpu.c(3, i32))
+    return arith.shrui(thread, mgpu.c(7, i32)), warp, lane_of_warp()
 
 
 def thread_of_warpgroup() -> Any:

@@ -28,6 +28,9 @@ from tests.support.triton_cases import check_places, expert_layer, ignore_deprec
 
 pytestmark = [pytest.mark.gpu, ignore_deprecation]
 ONE_ROUNDING, TWO_ROUNDINGS, THREE_ROUNDINGS = 2e-3, 2.9e-3, 3.3e-3
+# One rounding of the sums, where the reference rounds what lies between the products as well: 1.66e-3 for 512 numbers,
+# give or take 7e-5, and more where one of those lies so close between two of bfloat16 that the other is taken.
+OF_A_LAYER = 2.3e-3
 E, K, D, F = 16, 4, 512, 256
 
 
@@ -148,9 +151,9 @@ def check_layer(rng, made, tokens, load):
     some = rng.permutation(tokens)[:40]
     picked = np.asarray(x)[some], np.asarray(ids)[some], np.asarray(weights)[some]
     assert np.isfinite(np.asarray(y, np.float32)).all()
-    # Of many pairs each one's output is rounded as well.
-    most = THREE_ROUNDINGS if tokens * top_k >= triton.MANY_PAIRS else TWO_ROUNDINGS
-    assert relative(np.asarray(y)[some], expert_layer(*picked, dense_up, dense_down)) < most
+    # Of many pairs each one's output is rounded as well as their sum.
+    most = TWO_ROUNDINGS if tokens * top_k >= triton.MANY_PAIRS else OF_A_LAYER
+    assert relative(np.asarray(y)[some], expert_layer(*picked, dense_up, dense_down, jnp.bfloat16)) < most
     # Chosen in the experts' own kernel or before it, and at every run.
     np.testing.assert_array_equal(routing[0], ids)
     np.testing.assert_allclose(routing[1], weights, rtol=1e-5)
@@ -179,7 +182,7 @@ def test_masked_tokens_are_sent_nowhere(rng, tokens):
     ids, weights, y = run(given, jnp.asarray(mask))
     assert (np.asarray(y)[~mask] == 0).all()
     picked = np.asarray(given)[mask], np.asarray(ids)[mask], np.asarray(weights)[mask]
-    assert relative(np.asarray(y)[mask], expert_layer(*picked, dense_up, dense_down)) < TWO_ROUNDINGS
+    assert relative(np.asarray(y)[mask], expert_layer(*picked, dense_up, dense_down, jnp.bfloat16)) < OF_A_LAYER
     # Every expert empty.
     _, _, nothing = run(given, jnp.zeros(tokens, bool))
     assert (np.asarray(nothing) == 0).all()
