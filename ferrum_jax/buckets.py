@@ -197,7 +197,7 @@ class BucketedStep:
         file = None
         if self._constants is not None:
             file = kept.file_for((self.name, *self._constants), self._donate, arguments)
-        lowered = None if file and file.exists() else self._lower(arguments)
+        lowered = None if file and os.access(file, os.R_OK) else self._lower(arguments)
         traced = time.perf_counter() - began
 
         def finish() -> None:

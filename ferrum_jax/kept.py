@@ -70,6 +70,8 @@ def file_for(constants: Any, donated: tuple[str, ...], arguments: dict[str, Any]
     cache = config.jax_compilation_cache_dir
     if not _keeps or not cache or not config.jax_enable_compilation_cache or config.jax_default_device is not None:
         return None
+    if "://" in cache:  # JAX's own may lie in a bucket
+        return None
     if jax.__version_info__ < (0, 10):  # which writes programs in another form
         return None
     device = jax.devices()[0]
@@ -114,14 +116,17 @@ def read(file: Path) -> Any:
     """The program of a file, loaded onto the device.
 
     Args:
-      file: of `file_for`. What is in it becomes code of this process: the folder must be the user's own.
+      file: of `file_for`. What is in it becomes code of this process, so nobody else may write to its folder.
 
     Returns:
-      A jax.stages.Compiled, or None, with a warning, where the file does not hold one.
+      A jax.stages.Compiled, or None, with a warning, where the file does not hold one or is not to be trusted.
     """
     from jax.experimental.serialize_executable import deserialize_and_load
 
     try:
+        folder = file.parent.stat()
+        if folder.st_mode & 0o022 or folder.st_uid != os.getuid():
+            raise ValueError("its folder is not the user's own")
         os.utime(file)  # see `_forget_old`
         content = file.read_bytes()
         digest, content = content[:32], content[32:]

@@ -161,8 +161,9 @@ def test_nothing_is_kept_unless_it_is_asked_for_and_there_is_a_cache(
     config.update("jax_enable_compilation_cache", enabled)
     with jax.default_device(jax.devices()[0]):
         assert not is_kept()
-    config.update("jax_compilation_cache_dir", None)
-    assert not is_kept()
+    for other in (None, "gs://bucket/xla"):
+        config.update("jax_compilation_cache_dir", other)
+        assert not is_kept()
     config.update("jax_compilation_cache_dir", str(cache))
     assert is_kept()
     monkeypatch.setattr(kept, "PLATFORMS", ("tpu",))
@@ -193,6 +194,16 @@ def test_a_file_that_is_no_program_is_named_and_written_anew(cache: Path, damage
         new, _ = filling(traces)(1, pool={"cache": jnp.zeros(8)}, x=jnp.float32(7))
     assert float(new["cache"][0]) == 7 and len(traces) == 2
     filling(traces)(1, pool={"cache": jnp.zeros(8)}, x=jnp.float32(1))
+    assert len(traces) == 2
+
+
+def test_a_folder_that_others_can_write_to_is_not_trusted(cache: Path) -> None:
+    traces: list[int] = []
+    filling(traces)(1, pool={"cache": jnp.zeros(8)}, x=jnp.float32(1))
+    [file] = files_in(cache)
+    file.parent.chmod(0o777)
+    with pytest.warns(UserWarning, match=r"\(its folder is not the user's own\), so it is compiled again"):
+        filling(traces)(1, pool={"cache": jnp.zeros(8)}, x=jnp.float32(1))
     assert len(traces) == 2
 
 
