@@ -25,19 +25,28 @@ def test_help_answers_in_half_a_second_without_jax(arguments):
         "import sys; from ferrum_jax.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(code or 'jax' in sys.modules and 'jax was imported')"
     )
-    least = float("inf")
-    for _ in range(8):  # processor time, and the least of several: the machine may be busy with other things
+
+    def seconds(*words: str) -> tuple[float, subprocess.CompletedProcess[str]]:
         before = os.times()
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=terminal.environment()
+            [sys.executable, "-c", *words], capture_output=True, text=True, env=terminal.environment()
         )
         after = os.times()
-        least = min(least, sum(after[2:4]) - sum(before[2:4]))
+        return sum(after[2:4]) - sum(before[2:4]), done
+
+    least = parser = float("inf")
+    for _ in range(8):  # processor time, and the least of several: the machine may be busy with other things
+        took, done = seconds(code, *arguments)
+        least = min(least, took)
         assert done.returncode == 0, done.stderr
         assert "usage: ferrum-jax" in done.stdout and not done.stderr
         if least < 0.5:
             return
-    pytest.fail(f"help took {least:.2f} s at best")
+        # On a slow machine importing the parser of options alone takes most of that.
+        parser = min(parser, seconds("import tyro")[0])
+        if least < 2.5 * parser:
+            return
+    pytest.fail(f"help took {least:.2f} s at best, and to import the parser of options {parser:.2f}")
 
 
 def test_help_names_every_command(capsys):
