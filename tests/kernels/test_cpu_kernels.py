@@ -203,6 +203,7 @@ def test_nobody_s_token_gets_zero_and_a_layer_is_taken_by_number():
     assert float(jnp.abs(y[1]).max()) == 0.0 < float(jnp.abs(y[0]).max())
 
 
+@pytest.mark.once
 @pytest.mark.every_isa
 @given(
     tokens=st.integers(1, 9),
@@ -361,6 +362,7 @@ print(hashlib.sha256(b"".join(a.tobytes() for a in both)).hexdigest())
 """
 
 
+@pytest.mark.once
 def test_results_do_not_depend_on_the_number_of_threads():
     def digest(threads: int) -> str:
         environment = {**os.environ, "FERRUM_JAX_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -16,6 +16,7 @@ from ferrum_kernels.folding import folds, reorder_columns, reorder_gate_and_up
 from tests.support.gptq_cases import make_linear, make_stack
 
 
+@pytest.mark.once
 @settings(max_examples=6)
 @given(st.sampled_from([27, 64, 96]), st.sampled_from([4, 8]), st.booleans(), st.booleans(), st.booleans())
 def test_columns_go_where_they_are_asked_to(n, bits, sym, act_order, bias):
@@ -40,6 +41,7 @@ def test_an_order_of_another_shape_is_refused():
         reorder_columns(tile(w), jnp.zeros((2, 32), jnp.int32))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("apart", [False, True])
 def test_folded_experts_compute_the_same(apart):
     gate, dense_gate = make_stack(1, 2, k=64, n=48, group_size=32, act_order=True)
