@@ -65,7 +65,9 @@ def start(model: str, caches: Path, **options: object) -> dict:
         "FERRUM_JAX_COMPILE_CACHE": str(caches / "xla"),
     }
     command = [sys.executable, "-c", CHILD, model, json.dumps(options)]
-    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: a process that starts {model} failed; what it said is above.")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -43,24 +43,28 @@ def measure(config: Path, batches: list[int], implementation: str | None) -> dic
                 raise SystemExit(f"error: the process that compiles failed:\n{ended.stderr[-2000:]}")
             found.append(json.loads(ended.stdout.splitlines()[-1]))
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    (first, first_all), (cached, cached_all), (kept, kept_all) = found
+    (first, first_all, _), (cached, cached_all, _), (kept, kept_all, is_kept) = found
     return {
         "batches": batches,
         "first_seconds": first,
         "cached_seconds": cached,
-        "kept_seconds": kept,
+        "kept_seconds": kept if is_kept else None,  # elsewhere than on a GPU no program is
         "first_all": first_all,
         "cached_all": cached_all,
-        "kept_all": kept_all,
+        "kept_all": kept_all if is_kept else None,
         "cache_bytes": size,
     }
 
 
 def text_of(found: dict[str, Any]) -> str:
     """A measurement for people."""
-    columns = (found[name] for name in ("batches", "first_seconds", "cached_seconds", "kept_seconds"))
-    rows = [*zip(*columns, strict=True), ("all", found["first_all"], found["cached_all"], found["kept_all"])]
-    lines = [f"{batch!s:5} {first:10.2f} {cached:18.2f} {kept:15.2f}" for batch, first, cached, kept in rows]
+    whole = found["kept_seconds"] or [None] * len(found["batches"])
+    rows = [*zip(found["batches"], found["first_seconds"], found["cached_seconds"], whole, strict=True)]
+    rows.append(("all", found["first_all"], found["cached_all"], found["kept_all"]))
+    lines = [
+        f"{batch!s:5} {first:10.2f} {cached:18.2f} {'-' if kept is None else f'{kept:.2f}':>15}"
+        for batch, first, cached, kept in rows
+    ]
     return "\n".join(["batch   first, s   from the cache, s   kept whole, s", *lines])
 
 
@@ -104,4 +108,10 @@ def compile_all(
 if __name__ == "__main__":
     path, batches, name, keeps = sys.argv[1:]
     counts = [int(batch) for batch in batches.split(",")]
-    print(json.dumps(compile_all(Path(path), counts, name or None, keeps == "1")))
+    seconds, whole = compile_all(Path(path), counts, name or None, keeps == "1")
+
+    import jax
+
+    from ferrum_jax import kept
+
+    print(json.dumps([seconds, whole, jax.default_backend() in kept.PLATFORMS]))

@@ -215,7 +215,7 @@ def when(condition: Any, run: Callable[[], None], otherwise: Callable[[], None] 
     """Call run if a condition holds, else the other.
 
     `pl.when` converts its condition to a number, and for each such conversion JAX runs ptxas to ask for its version:
-    the forty of a layer were a third of the time that a decode step took to lower.
+    the 34 of a layer were some 30 % of the time that a decode step of 16 took to lower.
     """
     choose(lax.select(condition, jnp.int32(1), jnp.int32(2 if otherwise else 0)), *filter(None, (run, otherwise)))
 

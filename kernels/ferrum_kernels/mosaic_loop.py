@@ -1,7 +1,7 @@
 """The loop over groups of inputs of the Mosaic GPU kernel for few rows, in PTX: wait, load, decode, multiply, add up.
 
-As one text it is lowered at once. Of an operation for each instruction, thousands of a layer, lowering took most of a
-second, at each start of a process.
+As one text it is lowered at once. Of an operation for each instruction, thousands of a layer, lowering took a quarter
+of a second a program and more.
 
 A warp's sums by `mma.sync` lie as those of a warp by `wgmma` do, so that layouts are a warpgroup's.
 """
