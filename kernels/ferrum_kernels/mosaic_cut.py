@@ -227,10 +227,10 @@ def choose(which: Any, *runs: Callable[[], None]) -> None:
 
 def by_columns(s: Statics, count: Any, run: Callable[[int], None]) -> None:
     """Call run with the fewest columns that hold so many rows, of which there is one at least."""
-    which = jnp.int32(1)
-    for columns in s.ring.columns[:-1]:
-        which += lax.select(count > columns, jnp.int32(1), jnp.int32(0))
-    choose(which, *(functools.partial(run, columns) for columns in s.ring.columns))
+    least = 0
+    for columns in s.ring.columns:
+        when((count > least) & (count <= columns), functools.partial(run, columns))
+        least = columns
 
 
 def slot_of(s: Statics, step: Any) -> Any:

@@ -83,9 +83,9 @@ def _lines(s: Statics, columns: int, scales: str) -> Iterator[str]:
 
 def _load(s: Statics, eights: int, given: dict[str, str], group: str, when: str) -> Iterator[str]:
     """Wait for a slot, load a thread's registers of it, and go on to the next; nothing where the predicate is false."""
-    # A label holds for what is in braces with it.
-    yield f"mad.lo.s32 at, slot, 8, {given['full']}; {'not.pred done, more;' if when else ''} {{ W${{:uid}}:"
-    yield f"{when}mbarrier.try_wait.parity.shared.b64 done, [at], odd, 10000000; @!done bra W${{:uid}}; }}"
+    # Labels hold for what is in braces with them. A wait with a predicate would sleep and look again in the loop itself.
+    yield f"mad.lo.s32 at, slot, 8, {given['full']}; {{ {'@!more bra S${:uid};' if when else ''}"
+    yield "W${:uid}: mbarrier.try_wait.parity.shared.b64 done, [at], odd, 10000000; @!done bra W${:uid}; S${:uid}: }"
     first = [run * s.other + part * s.size for part in range(s.ring.parts) for run in range(2)]  # output of each run
     yield f"mad.lo.s32 at, slot, {s.ring.outputs * 64}, {given['words']};"
     for i, output in enumerate(first):

@@ -57,8 +57,9 @@ class Followed:
         name, _, rest = statement.partition(" ")
         operands = re.findall(r"[$%\w.+-]+", rest)
         if name == "bra":
-            # The last of that name: a label holds for what is in braces with it.
-            return max(i for i, other in enumerate(self.statements[: at + 1]) if other.startswith(f"{rest.strip()}:"))
+            # The nearest of that name: a label holds for what is in braces with it.
+            places = (i for i, other in enumerate(self.statements) if other.startswith(f"{rest.strip()}:"))
+            return min(places, key=lambda i: abs(i - at))
         self.execute(name, operands)
         return at + 1
 
