@@ -42,6 +42,8 @@ SOURCES = (  # of the kernels that are measured
         "mosaic_loop",
         "mosaic_matmul",
         "mosaic_registers",
+        "mosaic_signals",
+        "mosaic_turns",
         "mosaic_warps",
         "triton_call",
         "triton_decode",

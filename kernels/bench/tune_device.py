@@ -14,8 +14,18 @@ from gpu_table import random_stack
 from tune_cases import Case
 from tune_parts import cut_of
 from tune_rings import ring_of
+from tune_routing import places, routing, tokens_share
 
-from ferrum_kernels import dequantize, mosaic_matmul, triton_few, triton_norm, triton_place, triton_route, triton_rows
+from ferrum_kernels import (
+    dequantize,
+    mosaic_few,
+    mosaic_matmul,
+    triton_few,
+    triton_norm,
+    triton_place,
+    triton_route,
+    triton_rows,
+)
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.tiles import TiledLinear, untile
 from ferrum_kernels.triton_matmul import Rows, product
@@ -89,6 +99,7 @@ class Bench:
         """The program of a case; safe to call in threads."""
         makers = {"place": self._place, "rows": self._rows, "few_up": self._few, "few_down": self._few}
         makers |= {"parts": self._parts, "whole": self._parts, "ring_up": self._ring, "ring_down": self._ring}
+        makers["ring_both"] = self._both
         make = makers.get(case.product, self._experts)
         return make(case)
 
@@ -298,6 +309,40 @@ class Bench:
 
         return Program(step, (x, tables, stack), layers, error)
 
+    def _both(self, case: Case) -> Program:
+        """Both products of a layer in one kernel."""
+        ring, pairs, share = ring_of(case), case.load, tokens_share(case.load, self.top_k)
+        layers = self.layers if pairs <= 2048 else min(self.layers, 8)
+        *blocks, order = self._tables(pairs, ring.columns)
+        places = order, *blocks, jnp.zeros_like(blocks[0])
+        x = jax.random.normal(jax.random.key(pairs), (pairs // share, case.k), jnp.bfloat16)
+
+        @jax.jit
+        def one(x: jax.Array, places: Any, layer: jax.Array, up: TiledLinear, down: TiledLinear) -> jax.Array:
+            return mosaic_few.experts(x, up, down, layer, places, share, pairs, ring)
+
+        def step(x: jax.Array, places: Any, *stacks: TiledLinear) -> list[jax.Array]:
+            return [one(x, places, jnp.int32(layer), *stacks) for layer in range(layers)]
+
+        def expected() -> tuple[np.ndarray, jax.Array]:
+            """Some pairs, and what those are in float32."""
+            some = np.random.default_rng(0).permutation(pairs)[:RING_SAMPLES]
+            expert = routing(0, pairs, self.experts, self.top_k)[some]
+            y = x[some // share].astype(jnp.float32)
+            for name in ("up", "down"):
+                stack = jax.tree.map(lambda leaf: leaf[0][expert], self.stacks[name])
+                y = jnp.einsum("pk,pkn->pn", y, dequantize(untile(stack), jnp.float32), precision="highest")
+                if name == "up":
+                    gate, up = jnp.split(y, 2, axis=-1)
+                    y = jax.nn.silu(gate) * up
+            return some, y
+
+        def error(results: list[jax.Array]) -> float:
+            some, y = self._once(("expected", case.product, pairs), expected)
+            return relative(results[0][some], y) if bool(jnp.isfinite(results[0]).all()) else float("inf")
+
+        return Program(step, (x, places, self.stacks["up"], self.stacks["down"]), layers, error)
+
     def _place(self, case: Case) -> Program:
         pairs = case.load
         blocks = max_blocks(pairs, self.experts, case.cut[-1])
@@ -316,48 +361,16 @@ class Bench:
             return [first, *(order for order, *_ in rest)]
 
         def error(results: Any) -> float:
-            order, *tables = map(np.asarray, results[0])
+            order, *tables, zeros = map(np.asarray, results[0])
             *expected, pair = map(np.asarray, self._tables(pairs, case.cut))
-            used = expected[0] < self.experts  # the rest of the table only has to name nobody
-            same = [(a[used] == b[used]).all() for a, b in zip(tables, expected, strict=True)]
-            return 0.0 if all(same) and (order == pair).all() and (tables[0] == expected[0]).all() else float("inf")
+            same = [(a == b).all() for a, b in zip((order, *tables), (pair, *expected), strict=True)]
+            return 0.0 if all(same) and not zeros.any() else float("inf")
 
         return Program(step, (), len(ids), error)
 
 
 def _nothing(dtype: Any) -> Any:
     return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else -1
-
-
-def tokens_share(pairs: int, top_k: int) -> int:
-    """Experts of a token: top_k, or as many less as make the pairs those of whole tokens."""
-    return max(k for k in range(1, top_k + 1) if pairs % k == 0)
-
-
-def routing(seed: int, pairs: int, experts: int, top_k: int) -> np.ndarray:
-    """int32 [P]: each token chooses different experts at random."""
-    share = tokens_share(pairs, top_k)
-    scores = np.random.default_rng(seed).random((pairs // share, experts))
-    return np.argsort(scores, axis=1)[:, :share].astype(np.int32).reshape(-1)
-
-
-def places(ids: np.ndarray, experts: int, sizes: tuple[int, ...], blocks: int) -> tuple[np.ndarray, ...]:
-    """int32 [blocks] expert, first place and number of places of each block, and int32 [P] the pair at each place."""
-    block = sizes[-1]
-    counts = np.bincount(ids, minlength=experts)
-    needed = -(-counts // block)
-    inside = np.concatenate([np.arange(n) for n in needed]) * block
-    expert = np.repeat(np.arange(experts), needed)
-    starts = (np.cumsum(counts) - counts)[expert] + inside
-    rows = np.minimum(counts[expert] - inside, block)
-    by_size = np.argsort(-np.searchsorted(sizes, rows), kind="stable")
-    spare = (0, blocks - len(expert))
-    return (
-        np.pad(expert[by_size], spare, constant_values=experts).astype(np.int32),
-        np.pad(starts[by_size], spare).astype(np.int32),
-        np.pad(rows[by_size], spare).astype(np.int32),
-        np.argsort(ids, kind="stable").astype(np.int32),
-    )
 
 
 @jax.jit

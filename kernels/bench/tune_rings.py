@@ -1,7 +1,8 @@
 """The Mosaic GPU kernels' table of tune.py: candidates for the rings of both products, and which of them wins.
 
 Both products share the places of one block, so the block is chosen for the sum of them and of the kernel that finds
-the places. The Triton kernels are timed at the same load as their table has them, and keep the loads that they win.
+the places. Where warps multiply alone one kernel has both products, "ring_both", and one ring. The Triton kernels are
+timed at the same load as their table has them, and keep the loads that they win.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ def is_valid(ring: Ring) -> bool:
 def ring_cases(
     d: int, f: int, experts: int, loads: Sequence[float], triton_table: Mapping[str, Any] | None = None
 ) -> list[Case]:
-    """Every candidate: "ring_up", "ring_down" and "place", and with a table what Triton runs at the same loads."""
+    """Every candidate: "ring_up", "ring_down", "ring_both" (of hidden and intermediate size) and "place".
+
+    With a table those of Triton come too, as it has them at the same loads.
+    """
     cases: list[Case] = []
     for load in loads:
         pairs = pairs_of(load, experts)
@@ -72,12 +76,13 @@ def ring_cases(
             if not min(mean / 4, 32) <= columns[-1] <= max(32.0, 2 * mean):
                 continue
             blocks.add(columns[-1])
+            made = []
             for parts, warpgroups in SHAPES:
                 for product, k, n in (("ring_up", d, 2 * f), ("ring_down", f, d)):
                     flights = FLIGHTS if product == "ring_up" else sorted({(stages, NO_LAG) for stages, _ in FLIGHTS})
-                    flights = (*flights, *(ALONE if (parts, warpgroups) == (2, 2) else ()))
-                    made = [Case(product, k, n, pairs, (parts, *flight, warpgroups, *columns)) for flight in flights]
-                    cases += [case for case in made if is_valid(ring_of(case))]
+                    made += [Case(product, k, n, pairs, (parts, *flight, warpgroups, *columns)) for flight in flights]
+            made += [Case("ring_both", d, f, pairs, (2, *flight, 2, *columns)) for flight in ALONE]
+            cases += [case for case in made if is_valid(ring_of(case))]
         if triton_table is not None:
             entry = triton_table["experts"][serving(triton_table["experts"], "load", mean)]
             cases.append(Case("up", d, 2 * f, pairs, tuple(entry["up"])))
@@ -97,7 +102,7 @@ def near_rings(cases: Sequence[Case], table: Sequence[Mapping[str, Any]], expert
     rings = [row for row in table if row["up"] is not None]
 
     def is_near(case: Case) -> bool:
-        name = case.product.removeprefix("ring_")
+        name = "down" if case.product == "ring_down" else "up"  # of both there is one ring
         end = math.inf if rings[-1]["load"] is None else rings[-1]["load"]
         here = rings[serving(rings, "load", min(case.load / experts, end))][name]
         mine = entry_of(ring_of(case))
@@ -136,24 +141,28 @@ def ring_rows(cases: Sequence[Case], results: Mapping[str, Any], loads: Sequence
 def _fastest(
     cases: Sequence[Case], results: Mapping[str, Any], experts: int
 ) -> tuple[tuple[Ring, Ring], list[float]] | None:
-    """Both rings of one load and the microseconds of up, down and place; of nearly equal ones those of most rows.
+    """Both rings of one load and the microseconds of up, down and place, or of both products and place.
 
-    What is timed is uniform routing. An expert that many more tokens choose is read once per block of its rows.
+    Of nearly equal ones those of most rows are taken. What is timed is uniform routing; an
+    expert that many more tokens choose is read once per block of its rows.
     """
     choices = []
     rings = [case for case in cases if case.product.startswith("ring_")]
+
+    def fastest(product: str, block: int) -> tuple[Case, float] | None:
+        return best([case for case in rings if (case.product, case.cut[-1]) == (product, block)], results)
+
     for block in sorted({case.cut[-1] for case in rings}):
-        up, down = (
-            best([case for case in rings if case.product == product and case.cut[-1] == block], results)
-            for product in ("ring_up", "ring_down")
-        )
         place = results.get(Case("place", experts, 0, cases[0].load, (block,)).key)
-        if up is not None and down is not None and isinstance(place, float):
-            times = [up[1], down[1], round(place, 1)]
-            choices.append((round(sum(times), 1), block, (ring_of(up[0]), ring_of(down[0])), times))
+        up, down, both = (fastest(f"ring_{name}", block) for name in ("up", "down", "both"))
+        apart = [(up[0], down[0], [up[1], down[1]])] if up and down else []
+        for first, second, times in [*apart, *([(both[0], both[0], [both[1]])] if both else [])]:
+            if isinstance(place, float):
+                times = [*times, round(place, 1)]
+                choices.append((round(sum(times), 1), block, (ring_of(first), ring_of(second)), times))
     if not choices:
         return None
-    least = min(choices)[0]
+    least = min(choice[0] for choice in choices)
     alike = [choice for choice in choices if choice[0] <= ALIKE * least]
     *_, rings_of_both, times = min(alike, key=lambda choice: (-choice[1], choice[0]))
     return rings_of_both, times

@@ -22,7 +22,7 @@ NOTE = (
 )
 RING_NOTE = (
     "load: most pairs per expert; null for up and down: the Triton kernels; the rest as of mosaic_matmul.Ring; "
-    "microseconds: up, down and place"
+    "microseconds: up, down and place, or where warps are alone of both products in one kernel and place"
 )
 
 

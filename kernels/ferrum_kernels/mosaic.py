@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ferrum_kernels import triton, triton_dialect, triton_place, triton_tiles
+from ferrum_kernels import mosaic_few, triton, triton_dialect, triton_place, triton_tiles
 from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.errors import BackendError
 from ferrum_kernels.mosaic_matmul import Ring, multiprocessors, product
@@ -24,6 +26,7 @@ from ferrum_kernels.triton_matmul import Rows
 
 NAME = "mosaic"
 NAMES = (triton.NAME, NAME)  # which take weights in tiles
+SIDE_BY_SIDE = re.compile(r"--xla_gpu_command_buffer_scheduling_mode=(?:CONCURRENT|1)\b")
 
 
 def unavailable() -> str | None:
@@ -36,6 +39,12 @@ def unavailable() -> str | None:
         return f"it needs a Hopper GPU, compute capability 9.0; {device.device_kind} has {capability}"
     if jax.__version_info__ < (0, 11, 0):
         return f"it needs jax 0.11 or later; this is {jax.__version__}"
+    if SIDE_BY_SIDE.search(os.environ.get("XLA_FLAGS", "")):
+        # Programs of mosaic_few wait for each other: two such kernels, each with half of its programs, never end.
+        return (
+            "XLA_FLAGS lets kernels run side by side (xla_gpu_command_buffer_scheduling_mode=CONCURRENT), and its "
+            "kernels need the whole GPU; leave that flag out"
+        )
     try:
         from jax.experimental.pallas import mosaic_gpu  # noqa: F401
     except ImportError:
@@ -156,7 +165,7 @@ def run_experts(
     up_ring: Ring,
     down_ring: Ring,
 ) -> jax.Array:
-    """`triton.experts` with these kernels, cut up as told; both rings have the same block of rows."""
+    """`triton.experts` with these kernels; both rings have one block of rows, and are one where warps are alone."""
     num_experts = down.num_experts
     blocks = max_blocks(live.size, num_experts, up_ring.block)
     counts = triton.count(live, num_experts) if counts is None else counts
@@ -176,7 +185,10 @@ def _run(
     down_ring: Ring,
 ) -> Pairs:
     index = None if layer is None else jnp.asarray(layer, jnp.int32)
-    order, *tables = places
+    if up_ring.alone:
+        y = mosaic_few.experts(x, gate_up, down, index, places, live.shape[1], live.size, up_ring)
+        return Pairs(y, live, weights, down.num_experts)
+    order, *tables, _ = places
     block = up_ring.block
     rows = Rows(block, *tables, order=order)
     # Between the products a block's rows begin at a multiple of the block: a tile copied at once begins at no other.

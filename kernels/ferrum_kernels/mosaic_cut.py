@@ -1,4 +1,4 @@
-"""How a product of the Mosaic GPU kernels is cut up, and which tiles a program takes."""
+"""How a product of the Mosaic GPU kernels is cut up, and which tiles of one a program takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -78,9 +77,10 @@ class Statics:
 
     @property
     def shares(self) -> bool:
-        """Whether the last turn may be shared: of few groups less is won than it takes elsewhere."""
+        """Whether the last turn of gate and up may be shared: down, with few groups, wins less than it takes."""
         ring = self.ring
-        return ring.shared and ring.alone and ring.parts == ring.warpgroups == 2 and self.groups % 4 == 0
+        whole = ring.parts == ring.warpgroups == 2 and self.groups % 4 == 0
+        return self.gated and ring.shared and ring.alone and whole
 
     @property
     def size(self) -> int:
@@ -131,12 +131,13 @@ class Refs:
 
 
 class Work(NamedTuple):
-    """A tile: how many came before it in this program, which of the outputs, and the block.
+    """A tile: how many came before it in this program, and how many groups; which of the outputs, and the block.
 
     Of a shared turn a program takes a half, 0 or 1. Where turns are never shared, `shared` and `half` are None.
     """
 
     turn: Any
+    step: Any
     tile: Any
     block: Any
     expert: Any
@@ -148,52 +149,28 @@ class Work(NamedTuple):
 
 def each_tile(s: Statics, refs: Refs, run: Any) -> None:
     """Call run with each Work of this program, and with the tile that would come after it."""
-    blocks = refs.experts.shape[0]
+    program = lax.axis_index("program")
 
-    def is_shared(turn: Any) -> Any:
-        if not s.shares:
-            return None
-        block = behind(s, turn)
-        return (block >= blocks) | (refs.counts[lax.min(block, jnp.int32(blocks - 1))] == 0)
+    def work_at(turn: Any) -> Work:
+        # The first tiles have the most rows, and a program that had one of those comes last in later turns.
+        place = jnp.where(turn > 0, s.programs - 1 - program, program)
+        return work_of(s, refs, turn, turn * s.groups, turn * s.programs + place)
 
-    def work_at(turn: Any, shared: Any) -> Work:
-        tile, half = tile_of(s, turn, lax.axis_index("program"), shared)
-        block = lax.min(lax.div(tile, jnp.int32(s.tiles)), jnp.int32(blocks - 1))
-        numbers = refs.experts[block], refs.starts[block], refs.counts[block]
-        return Work(turn, tile - block * s.tiles, block, *numbers, shared, half)
-
-    # Whether a turn is shared is read a turn ahead, and of the first turn both works are: no read waits for another.
-    def body(carry: tuple[Work, Any]) -> tuple[Work, Any]:
-        work, shared = carry
-        after, later = work_at(work.turn + 1, shared), is_shared(work.turn + 2)
+    # Whether there is more is read a turn ahead.
+    def body(work: Work) -> Work:
+        after = work_at(work.turn + 1)
         run(work, after)
-        return after, later
+        return after
 
-    turn, shared = jnp.int32(0), is_shared(jnp.int32(0))
-    work = work_at(turn, shared)
-    if shared is not None:
-        either = work_at(turn, jnp.bool_(True)), work_at(turn, jnp.bool_(False))
-        work = jax.tree.map(functools.partial(jnp.where, shared), *either)
-    lax.while_loop(lambda carry: is_work(s, carry[0]), body, (work, is_shared(turn + 1)))
+    lax.while_loop(functools.partial(is_work, s), body, work_at(jnp.int32(0)))
 
 
-def behind(s: Statics, turn: Any) -> Any:
-    """The block that has rows if a turn is not shared: one behind half as many tiles as there are programs.
-
-    A turn that is shared is the last: blocks that have rows come first.
-    """
-    return lax.div(turn * s.programs + s.programs // 2, jnp.int32(s.tiles))
-
-
-def tile_of(s: Statics, turn: Any, program: Any, shared: Any) -> tuple[Any, Any]:
-    """Of all tiles the one that a program takes in a turn, and which half of it, which is None if shared is.
-
-    The first tiles have the most rows, and a program that had one of those comes last in later turns.
-    """
-    place = jnp.where(turn > 0, s.programs - 1 - program, program)
-    if shared is None:
-        return turn * s.programs + place, None
-    return turn * s.programs + jnp.where(shared, place >> 1, place), jnp.where(shared, place & 1, 0)
+def work_of(s: Statics, refs: Refs, turn: Any, step: Any, tile: Any, shared: Any = None, half: Any = None) -> Work:
+    """Of the tile with that number among those of all blocks."""
+    last = jnp.int32(refs.experts.shape[0] - 1)
+    block = lax.min(lax.div(tile, jnp.int32(s.tiles)), last)
+    numbers = refs.experts[block], refs.starts[block], refs.counts[block]
+    return Work(turn, step, tile - block * s.tiles, block, *numbers, shared, half)
 
 
 def is_work(s: Statics, work: Work) -> Any:
@@ -217,17 +194,14 @@ def when(condition: Any, run: Callable[[], None], otherwise: Callable[[], None] 
     `pl.when` converts its condition to a number, and for each such conversion JAX runs ptxas to ask for its version:
     the 34 of a layer were some 30 % of the time that a decode step of 16 took to lower.
     """
-    choose(lax.select(condition, jnp.int32(1), jnp.int32(2 if otherwise else 0)), *filter(None, (run, otherwise)))
-
-
-def choose(which: Any, *runs: Callable[[], None]) -> None:
-    """Call the first function for 1, the second for 2, and none for 0."""
-    lax.switch(which, [lambda: None, *runs])  # JAX lowers the first of them twice
+    which = lax.select(condition, jnp.int32(1), jnp.int32(2 if otherwise else 0))
+    # JAX lowers the first of them twice.
+    lax.switch(which, [lambda: None, *filter(None, (run, otherwise))])
 
 
 def by_columns(s: Statics, count: Any, run: Callable[[int], None]) -> None:
     """Call run with the fewest columns that hold so many rows, of which there is one at least."""
-    least = 0
+    least = 0  # a switch would have ptxas make warps meet again behind it
     for columns in s.ring.columns:
         when((count > least) & (count <= columns), functools.partial(run, columns))
         least = columns

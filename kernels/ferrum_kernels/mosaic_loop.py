@@ -83,7 +83,7 @@ def _lines(s: Statics, columns: int, scales: str) -> Iterator[str]:
 
 def _load(s: Statics, eights: int, given: dict[str, str], group: str, when: str) -> Iterator[str]:
     """Wait for a slot, load a thread's registers of it, and go on to the next; nothing where the predicate is false."""
-    # Labels hold for what is in braces with them. A wait with a predicate would sleep and look again in the loop itself.
+    # Labels hold for what is in braces with them. With a predicate ptxas would have it sleep and look again.
     yield f"mad.lo.s32 at, slot, 8, {given['full']}; {{ {'@!more bra S${:uid};' if when else ''}"
     yield "W${:uid}: mbarrier.try_wait.parity.shared.b64 done, [at], odd, 10000000; @!done bra W${:uid}; S${:uid}: }"
     first = [run * s.other + part * s.size for part in range(s.ring.parts) for run in range(2)]  # output of each run

@@ -8,13 +8,13 @@ they are wgmma's left operand, so that tokens are its columns. A block is multip
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import custom_batching, lax
+from jax import lax
 
-from ferrum_kernels import mosaic_few
 from ferrum_kernels import mosaic_registers as pieces
 from ferrum_kernels.mosaic_cut import (
     Refs,
@@ -59,7 +59,7 @@ def product(
       layer: int32 scalar or None.
       rows: experts, starts and counts of each block, and order; blocks without rows come last.
       out_rows: rows of the result.
-      ring: how to cut.
+      ring: how to cut, of warps that are not alone.
       gated: the outputs are gate and up columns; write silu(gate) * up.
       pairs_per_row: 0 where x is in blocks.
       by_pair: write to the pair's row, else row r of block b to row b * ring.block + r.
@@ -73,11 +73,7 @@ def product(
     index = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
     words, scales = w.words.reshape(-1, n // 2, 2 * PLANE), w.scales.reshape(-1, n)
     tables = rows.experts, rows.starts, rows.counts, rows.order
-    run = functools.partial(_run, statics, out_rows)
-    if ring.alone:
-        # Its copies are of the kernel's own arguments, which under vmap would be several calls' arrays in one.
-        run = custom_batching.sequential_vmap(run)
-    return run(x, words, scales, *tables, index)
+    return _run(statics, out_rows, x, words, scales, *tables, index)
 
 
 # A program of many layers traces and lowers the kernel once.
@@ -85,21 +81,26 @@ def product(
 def _run(s: Statics, out_rows: int, x: jax.Array, words: jax.Array, scales: jax.Array, *tables: jax.Array) -> jax.Array:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    ring = s.ring
+    staging = (ring.warpgroups, ring.block, s.size)
+    copies = 2 * s.copied  # of words and scales
+    scratch = {
+        "staging": plgpu.SMEM(staging, jnp.bfloat16, transforms=pieces.transforms(s.size)),
+        "full": plgpu.Barrier(num_arrivals=copies + 1, num_barriers=ring.stages),
+        "empty": plgpu.Barrier(num_arrivals=ring.warpgroups, num_barriers=ring.stages),
+    }
+    out = jax.ShapeDtypeStruct((out_rows, s.out_columns), jnp.bfloat16)
+    return launch(functools.partial(_body, s), out, s, s.name, scales.dtype, scratch)(x, words, scales, *tables)
+
+
+def launch(body: Callable[..., None], out: Any, s: Statics, name: str, scales: Any, scratch: dict[str, Any]) -> Any:
+    """A kernel of so many programs, with a ring in shared memory for containers, scales of a type and activations."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     ring, shared, stages = s.ring, plgpu.SMEM, s.ring.stages
-    scratch = {"barriers": shared((2 * 2 * stages,), jnp.int32)}
-    if s.shares:
-        scratch["sums"] = shared((2, ring.block, 2 * RUN), jnp.float32)
-    if not ring.alone:
-        staging = (ring.warpgroups, ring.block, s.size)
-        copies = 2 * s.copied  # of words and scales
-        scratch = {
-            "staging": shared(staging, jnp.bfloat16, transforms=pieces.transforms(s.size)),
-            "full": plgpu.Barrier(num_arrivals=copies + 1, num_barriers=stages),
-            "empty": plgpu.Barrier(num_arrivals=ring.warpgroups, num_barriers=stages),
-        }
-    call = plgpu.kernel(
-        functools.partial(_body, s),
-        out_type=jax.ShapeDtypeStruct((out_rows, s.out_columns), jnp.bfloat16),
+    return plgpu.kernel(
+        body,
+        out_type=out,
         grid=(s.programs,),
         grid_names=("program",),
         num_threads=ring.warpgroups + 1,
@@ -107,15 +108,14 @@ def _run(s: Statics, out_rows: int, x: jax.Array, words: jax.Array, scales: jax.
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-        kernel_name=s.name,
+        kernel_name=name,
         scratch_types={
             "x_ring": shared((stages, ring.block, GROUP), jnp.bfloat16, transforms=pieces.transforms(64)),
             "words_ring": shared((stages, ring.outputs // 2, 2 * PLANE), jnp.uint16, transforms=pieces.transforms(64)),
-            "scales_ring": shared((stages, ring.outputs), scales.dtype),
+            "scales_ring": shared((stages, ring.outputs), scales),
             **scratch,
         },
     )
-    return call(x, words, scales, *tables)
 
 
 def multiprocessors() -> int:
@@ -125,15 +125,7 @@ def multiprocessors() -> int:
 
 
 def _body(s: Statics, *given: Any, **scratch: Any) -> None:
-    from jax.experimental import pallas as pl
-
     pieces.name_module(s.name)
-    if s.ring.alone:
-        barriers, half = scratch.pop("barriers"), 2 * s.ring.stages
-        full, empty = (barriers.at[pl.ds(i * half, half)] for i in range(2))
-        refs = Refs(*given, full=full, empty=empty, **scratch)
-        mosaic_few.body(s, REGISTERS[s.ring.warpgroups, s.gathers], refs)
-        return
     refs = Refs(*given, **scratch)
     warpgroup = lax.axis_index("warpgroup")
     when(warpgroup == s.ring.warpgroups, lambda: _copy(s, refs), lambda: _multiply(s, refs, warpgroup))
@@ -159,7 +151,7 @@ def _copy(s: Statics, refs: Refs) -> None:
             where = sources(refs.order, work.start, work.count)
 
         def copy_group(columns: int, k: Any, _: None) -> None:
-            step = work.turn * s.groups + k
+            step = work.step + k
             slot = slot_of(s, step)
             full = refs.full.at[slot]
             when(step >= s.ring.stages, lambda: plgpu.barrier_wait(refs.empty.at[slot]))
@@ -188,7 +180,7 @@ def _copy(s: Statics, refs: Refs) -> None:
 
         def rest() -> None:
             for left in range(lag, 0, -1):
-                arrived((work.turn + 1) * s.groups - left, left - 1)
+                arrived(work.step + s.groups - left, left - 1)
 
         if s.gathers:
             when(~is_work(s, after), rest)
@@ -215,7 +207,7 @@ def _multiply(s: Statics, refs: Refs, warpgroup: Any) -> None:
         return scale.astype(jnp.float32)
 
     def multiply_group(work: Work, columns: int, k: Any, carry: Any) -> Any:
-        slot = slot_of(s, work.turn * s.groups + k)
+        slot = slot_of(s, work.step + k)
         plgpu.barrier_wait(refs.full.at[slot])
         new = [[load_scale(refs.scales_ring.at[slot, run]) for run in part] for part in runs]
         rescale = pieces.rescale(columns)

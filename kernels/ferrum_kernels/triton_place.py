@@ -25,7 +25,7 @@ ROWS = 4  # of them that a program routes, each in a warp of its own
 
 def place(
     live: jax.Array, counts: jax.Array, experts: int, sizes: tuple[int, ...], blocks: int, interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Sort pairs by expert and cut each expert's into blocks.
 
     Blocks come by size class, the largest first, so that programs that take one after the other end at about the same
@@ -36,12 +36,13 @@ def place(
       counts: of `triton_route.route`.
       experts: E.
       sizes: most rows of a block of each class, ascending; all of an expert's blocks but its last have the last's.
-      blocks: how many blocks to describe; those that are not needed have expert E and no rows.
+      blocks: how many blocks to describe; those that are not needed have expert E, no rows, and for their first place
+        the number of those that are.
       interpret: run without a GPU.
 
     Returns:
       int32 [P] pairs in order of place (those of nobody's pairs are not written); int32 [blocks] expert, first place
-      and number of places of each block.
+      and number of places of each block, and zeros, for a kernel to count what is done of each.
     """
 
     tokens = live.shape[0]
@@ -61,7 +62,7 @@ def _warps(tokens: int) -> int:
 
 
 def _shapes(pairs: int, blocks: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in (pairs, blocks, blocks, blocks))
+    return tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in (pairs, blocks, blocks, blocks, blocks))
 
 
 def _place_kernel(experts: int, sizes: tuple[int, ...], live: Any, counts: Any, order: Any, *tables: Any) -> None:
@@ -175,14 +176,15 @@ def _describe(cut: _Cut, turns: Any, experts: int, tables: Any) -> None:
         at = jnp.full_like(rows, blocks)
         for low, high, first in cut.classes:
             at = jnp.where((rows > low) & (rows <= high), first + (nth if high == block else 0), at)
-        for table, value in zip(tables, (lane, cut.start + nth * block, rows), strict=True):
+        for table, value in zip(tables[:3], (lane, cut.start + nth * block, rows), strict=True):
             plgpu.store(table.at[at], value, mask=rows > 0)
 
     lax.fori_loop(0, turns, write, None)
     b = jnp.arange(power(blocks), dtype=jnp.int32)
     unused = (b >= cut.used) & (b < blocks)
-    for table, value in zip(tables, (experts, 0, 0), strict=True):
+    for table, value in zip(tables[:3], (experts, cut.used, 0), strict=True):
         plgpu.store(table.at[jnp.where(unused, b, blocks)], jnp.full_like(b, value), mask=unused)
+    plgpu.store(tables[3].at[jnp.where(b < blocks, b, blocks)], jnp.zeros_like(b), mask=b < blocks)
 
 
 def route_and_place(
@@ -260,7 +262,7 @@ def _both_kernel(s: Statics, sizes: tuple[int, ...], interpret: bool, *refs: Any
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
-    chosen, weights, live, order, *tables, arrived, who, first = refs[-10:]
+    chosen, weights, live, order, *tables, arrived, who, first = refs[-11:]
     me = pl.program_id(0)
     slots = choose(s, me, refs[0], refs[1] if s.masked else None, chosen, weights, live)
     bit = 1 << jnp.arange(s.rows, dtype=jnp.int32)[:, None]

@@ -20,11 +20,13 @@ import ferrum_jax as fj
 from ferrum_jax.buckets import BucketedStep
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.generation import stream_batch
+from ferrum_jax.steps import Ahead
 from gpu_decode import CONFIGS, random_tiles
 from textless import model_of
 
 lower, lowered = BucketedStep._lower, []
 BucketedStep._lower = lambda step, arguments: lowered.append(step.name) or lower(step, arguments)
+Ahead.SECONDS = float("inf")  # else how many steps a dispatch is follows from how long they take
 fj.keep_programs(sys.argv[1] == "keep")
 cfg = load_toml_config(CONFIGS / "qwen3-30b-a3b.toml")
 cfg = dataclasses.replace(cfg, num_layers=2, moe_layers=(), sliding_windows=())

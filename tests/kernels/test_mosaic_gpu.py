@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ferrum_kernels import gptq_matmul, mosaic, tile, triton
+from ferrum_kernels import gptq_matmul, mosaic, mosaic_few, tile, triton, triton_place
+from ferrum_kernels.blocks import max_blocks
 from ferrum_kernels.mosaic_matmul import Ring
 from tests.support.gptq_cases import make_stack
 from tests.support.triton_cases import expert_layer, ignore_deprecation, relative
@@ -92,6 +93,33 @@ def check_layer(tokens, load, ring, width, features):
     assert relative(np.asarray(y)[some], expected) < THREE_ROUNDINGS
     assert np.isfinite(np.asarray(y, np.float32)).all()
     assert (run(x, logits, mask, stacks, ring)[2] == y).all()
+
+
+@pytest.mark.parametrize("tokens", [7, 77])
+@pytest.mark.parametrize("ring", [ALONE, SHARED, ALONE_OF_ONE_PART])
+def test_what_counts_tiles_is_zero_again_and_runs_are_alike(tokens, ring):
+    (up, down), *_ = layer()
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.standard_normal((tokens, WIDTH)), jnp.bfloat16)
+    _, _, live, counts = triton.route(jnp.asarray(rng.standard_normal((tokens, E))), None, K, True)
+    blocks = max_blocks(tokens * K, E, ring.block)
+    places = triton_place.place(live, counts, E, ring.columns, blocks, False)
+    first, *others = (mosaic_few.experts(x, up, down, jnp.int32(1), places, K, tokens * K, ring) for _ in range(50))
+    assert not places[-1].any()
+    assert jnp.isfinite(first).all() and all((y == first).all() for y in others)
+
+
+def test_layers_that_do_not_need_each_other_run_in_one_program():
+    """XLA queues their kernels one after the other: side by side their programs would wait for each other for ever."""
+    stacks, *_ = layer()
+    rng = np.random.default_rng()
+    xs = jnp.asarray(rng.standard_normal((8, 77, WIDTH)), jnp.bfloat16)
+    logits = jnp.asarray(rng.standard_normal((8, 77, E)))
+    together = jax.jit(lambda xs, logits: [run(*one, None, stacks, ALONE)[2] for one in zip(xs, logits, strict=True)])
+    for _ in range(5):
+        ys = together(xs, logits)
+    for x, logit, y in zip(xs, logits, ys, strict=True):
+        assert (run(x, logit, None, stacks, ALONE)[2] == y).all()
 
 
 def test_tiles_shared_by_warpgroups_have_the_sums_of_those_that_are_not():

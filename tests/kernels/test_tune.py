@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from ferrum_jax.config_file import load_toml_config
 from ferrum_kernels import dequantize, triton, triton_tiles
 from ferrum_kernels.tiles import untile
+from ferrum_kernels.triton_matmul import Rows
 from ferrum_kernels.triton_tiles import fit
 from tests.conftest import ROOT
 from tests.support.bench_scripts import script
@@ -83,9 +85,9 @@ def test_results_are_of_all_sources_of_the_kernels(tmp_path, monkeypatch):
     while left:
         found = {
             name
-            for line in left.pop().splitlines()
-            if "import" in line
-            for name in re.findall(r"(?:triton|mosaic)_\w+", line)
+            for node in ast.walk(ast.parse(left.pop()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in re.findall(r"(?:triton|mosaic)_\w+", ast.unparse(node))
             if (tune.KERNELS / f"{name}.py").exists()
         }
         left += [(tune.KERNELS / f"{name}.py").read_text() for name in found - needed]
@@ -331,6 +333,7 @@ def test_the_compiler_is_told_before_the_device_is_asked_for(tmp_path, monkeypat
 
 
 RING_CASES = [Case("ring_up", 256, 256, 48, (1, 4, 2, 2, 8, 16)), Case("ring_down", 128, 256, 48, (1, 6, 2, 4, 8))]
+BOTH_CASE = Case("ring_both", 256, 128, 48, (2, 4, 0, 2, 8, 16))
 
 
 def in_plain_jax(x, w, layer, rows, out_rows, ring, *, gated=False, pairs_per_row=0, by_pair=False):
@@ -363,8 +366,31 @@ def test_what_is_expected_of_a_ring(case, bench, monkeypatch):
     assert program.error([jax.numpy.roll(y, 1, axis=1)]) > tune_device.LARGEST_ERROR
 
 
+def experts_in_plain_jax(x, up, down, layer, places, top_k, pairs, ring):
+    """What mosaic_few.experts computes, by the pieces above."""
+    order, *blocks, zeros = places
+    rows = Rows(ring.block, *blocks, order=order)
+    slots = len(zeros) * ring.block
+    h = in_plain_jax(x, up, layer, rows, slots, ring, gated=True, pairs_per_row=top_k)
+    return in_plain_jax(jax.numpy.nan_to_num(h), down, layer, rows, pairs, ring, by_pair=True)
+
+
+def test_what_is_expected_of_both_products(bench, monkeypatch):
+    monkeypatch.setattr(tune_device.mosaic_few, "experts", experts_in_plain_jax)
+    program = bench.program(BOTH_CASE)
+    [y] = program.step(*program.arguments)
+    assert not program.arguments[1][-1].any()
+    assert program.error([y]) < tune_device.LARGEST_ERROR
+    assert program.error(program.memory()) == float("inf")
+    assert program.error([y.at[-1].set(jax.numpy.nan)]) == float("inf")
+    assert program.error([jax.numpy.roll(y, 1, axis=1)]) > tune_device.LARGEST_ERROR
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels need jax 0.11")
-@pytest.mark.parametrize("case", RING_CASES, ids=lambda case: case.key)
+@pytest.mark.parametrize("case", [*RING_CASES, BOTH_CASE], ids=lambda case: case.key)
 def test_a_ring_lowers_for_cuda(case, bench):
     program = bench.program(case)
-    assert len(re.findall(r"gptq_(?:gated|product)_mosaic_gpu", lower_for_cuda(program.step, *program.arguments))) >= 1
+    assert (
+        len(re.findall(r"gptq_(?:gated|product|experts)_mosaic_gpu", lower_for_cuda(program.step, *program.arguments)))
+        >= 1
+    )

@@ -60,14 +60,17 @@ def test_blocks_of_rings_are_shared_and_triton_keeps_what_it_wins():
     triton_cases = [case for case in here if case.product in ("up", "down")]
     assert [list(case.cut) for case in triton_cases] == [TABLE["experts"][2][name] for name in ("up", "down")]
     # Up is fastest with blocks of 8, down with blocks of 16, and both together with 8.
-    results = {case.key: 50.0 + (case.product == "ring_up") * case.cut[-1] for case in here if "ring" in case.product}
+    longer = {"ring_up": 1, "ring_both": 10}
+    rings = [case for case in here if "ring" in case.product]
+    results = {case.key: 50.0 + longer.get(case.product, 0) * case.cut[-1] for case in rings}
     [up] = [c for c in here if c.product == "ring_up" and c.cut == (1, 6, 3, 4, 8)]
     [down] = [c for c in here if c.product == "ring_down" and c.cut == (1, 6, 2, 4, 8, 16)]
     results |= {up.key: 40.0, down.key: 49.0} | {case.key: 3.0 for case in here if case.product == "place"}
     first, last = tune_rings.ring_rows(cases, results, [4, 16], 128)
     assert Ring(**first["up"] | {"columns": (8,)}) == Ring((8,), 1, 6, 3, 4)
     assert first["down"]["columns"] == [8] and first["microseconds"] == [40.0, 50.0, 3.0]
-    wide = {case.key: 46.4 for case in here if "ring" in case.product and case.cut[-2:] == (8, 32)}
+    apart = [case for case in rings if case.product != "ring_both"]
+    wide = {case.key: 46.4 for case in apart if case.cut[-2:] == (8, 32)}
     [entry] = tune_rings.ring_rows(cases, results | wide, [4], 128)  # 95.8 instead of 93
     assert entry["up"]["columns"] == [8]
     [entry] = tune_rings.ring_rows(cases, results | dict.fromkeys(wide, 45.9), [4], 128)  # 94.8: an expert of many rows
@@ -79,6 +82,11 @@ def test_blocks_of_rings_are_shared_and_triton_keeps_what_it_wins():
     results |= {triton_cases[1].key: 50.1}
     assert tune_rings.ring_rows(cases, results, [4], 128)[0]["up"] == first["up"]
     assert tune_rings.ring_rows(cases, {}, [4, 16], 128) == []
+    # Both in one kernel, which takes less than the two.
+    [both] = [c for c in here if c.product == "ring_both" and c.cut == (2, 5, 0, 2, 8, 16, 32)]
+    [entry] = tune_rings.ring_rows(cases, results | {both.key: 85.0}, [4], 128)
+    assert entry["up"] == entry["down"] and entry["microseconds"] == [85.0, 3.0]
+    assert Ring(**entry["up"] | {"columns": (8, 16, 32)}) == Ring((8, 16, 32), stages=5, alone=True)
 
 
 def test_what_is_near_in_the_other_tables():
@@ -100,8 +108,11 @@ def test_what_is_near_in_the_other_tables():
     assert with_rings == [load for load in tune_rings.LOADS if load > 0.5]
     for load in with_rings:
         up, down = (dataclasses.replace(ring, shared=False) for ring in rings_of(load))
-        assert ("ring_up", load * 128, up) in made
-        assert ("ring_down", load * 128, dataclasses.replace(down, lag=2)) in made
+        if up.alone:
+            assert up == down and ("ring_both", load * 128, up) in made
+        else:
+            assert ("ring_up", load * 128, up) in made
+            assert ("ring_down", load * 128, dataclasses.replace(down, lag=2)) in made
 
 
 def test_turns_are_shared_up_to_the_same_load_as_in_the_table():

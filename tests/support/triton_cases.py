@@ -44,7 +44,7 @@ def expert_layer(
 
 def check_places(places: Any, live: np.ndarray, experts: int, sizes: tuple[int, ...]) -> None:
     """Hold what `triton_place.place` gives against a stable sort, cut into blocks of which the largest come first."""
-    order, *tables = map(np.asarray, places)
+    order, *tables, zeros = map(np.asarray, places)
     flat = live.reshape(-1)
     real = int((flat < experts).sum())
     np.testing.assert_array_equal(order[:real], np.argsort(flat, kind="stable")[:real])
@@ -54,7 +54,8 @@ def check_places(places: Any, live: np.ndarray, experts: int, sizes: tuple[int, 
         at += rows
     classes = [min(size for size in sizes if rows <= size) for _, _, rows in blocks]
     expected = [blocks[i] for i in np.argsort(-np.array(classes), kind="stable")]
-    expected += [(experts, 0, 0)] * (len(tables[0]) - len(expected))
+    expected += [(experts, len(expected), 0)] * (len(tables[0]) - len(expected))
+    assert zeros.shape == tables[0].shape and not zeros.any()
     np.testing.assert_array_equal(np.stack(tables, 1), np.array(expected).reshape(-1, 3))
 
 
