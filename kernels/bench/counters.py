@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_options import numbers
+
 ROOT = Path(__file__).parents[2]
 STALLS = "smsp__average_warps_issue_stalled_"
 METRICS = {
@@ -166,16 +168,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Watch, parse, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "qwen3-30b-a3b.toml")
-    parser.add_argument("--tokens", default="1,8,64,1024,4096", help="numbers of tokens, separated by commas")
+    parser.add_argument(
+        "--tokens", type=numbers, default="1,8,64,1024,4096", help="numbers of tokens, separated by commas"
+    )
     parser.add_argument("--routing", default="uniform", choices=("uniform", "zipf", "one"))
     parser.add_argument("--implementation", default=None, help="triton or mosaic; without it the device's best")
     parser.add_argument("--ncu", default="ncu", help="the program")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    counts = [int(count) for count in options.tokens.split(",")]
     if options.child:
-        one_layer(counts[0], options.config, options.routing, options.implementation)
+        one_layer(options.tokens[0], options.config, options.routing, options.implementation)
         return 0
     if shutil.which(options.ncu) is None:
         print(f"error: {options.ncu} is not on the path; it comes with CUDA as Nsight Compute.", file=sys.stderr)
@@ -186,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     found = []
-    for count in counts:
+    for count in options.tokens:
         watched = command(options.ncu, count, options.config, options.routing, options.implementation)
         ended = subprocess.run(watched, env=environment, capture_output=True, text=True)
         try:

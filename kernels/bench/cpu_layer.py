@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_options import numbers
 from llama_rival import build_of, llama_bench, write_gguf
 
 from ferrum_jax.config import ModelConfig
@@ -206,7 +207,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"device": device(options, cfg)}
     if (load := report["device"]["load_before"]) > 0.5:
         say(f"warning: the load average is {load:.1f}; wait until nothing else runs, or trust the least times only.")
-    tokens, dtypes = [int(text) for text in options.tokens.split(",")], options.dtypes.split(",")
+    tokens, dtypes = options.tokens, options.dtypes.split(",")
     theirs = their_tests(cfg, tokens, options.llama_bench, folder, options.threads) if options.llama_bench else {}
     ours = our_tests(cfg, tokens, dtypes, options.implementation)
     rows: dict[tuple[str, str], dict[str, Any]] = {
@@ -283,7 +284,7 @@ def main() -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's binary of that name; without it, ours only")
-    parser.add_argument("--tokens", default="1,64,512")
+    parser.add_argument("--tokens", type=numbers, default="1,64,512")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of our activations")
     parser.add_argument("--implementation", default=None, help="of our kernels; left out, the device's best")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp and of our kernels, not XLA")

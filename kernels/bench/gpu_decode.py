@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_options import numbers
 from gpu_table import READ, device
 
 from ferrum_jax.cache import DTYPES, KVCache, init_cache
@@ -282,18 +283,6 @@ def main() -> None:
         del queue, given
     if args.json:
         print(json.dumps(report(cfg, args.config, rows, args.temperature)))
-
-
-def numbers(text: str) -> list[int]:
-    """Positive numbers between commas; the type of an argument, so that a wrong one ends the program with a sentence.
-
-    >>> numbers("1,16"), numbers("")
-    ([1, 16], [])
-    """
-    found = [one.strip() for one in text.split(",") if one]
-    if not all(one.isascii() and one.isdigit() and int(one) > 0 for one in found):
-        raise argparse.ArgumentTypeError(f"{text!r} are not positive numbers with commas between them, such as 1,16")
-    return [int(one) for one in found]
 
 
 def sizes_of(parser: argparse.ArgumentParser, path: Path) -> ModelConfig:

@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_decode import CONFIGS, kernels, numbers, print_kernels, random_tiles, sizes_of
+from bench_options import numbers
+from gpu_decode import CONFIGS, kernels, print_kernels, random_tiles, sizes_of
 
 from ferrum_jax.budget import buckets_for
 from ferrum_jax.cache import KVCache, init_cache

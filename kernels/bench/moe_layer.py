@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_options import numbers
 
 from ferrum_jax.config_file import load_toml_config
 from ferrum_jax.moe import moe_layer
@@ -58,7 +59,6 @@ def on_a_gpu(cfg: Any, options: argparse.Namespace, device: dict[str, Any]) -> N
     """The table of gpu_table.py, as text or JSON."""
     import gpu_table
 
-    counts = [int(count) for count in options.tokens.split(",")]
     found = []
     if not options.json:
         print(device, f"routing: {options.routing}", gpu_table.HEADER, sep="\n", flush=True)
@@ -67,7 +67,7 @@ def on_a_gpu(cfg: Any, options: argparse.Namespace, device: dict[str, Any]) -> N
         (options.layers, options.repeats, options.routing, options.check, options.implementation),
     )
     try:
-        for row in gpu_table.rows(cfg, name, counts, *how):
+        for row in gpu_table.rows(cfg, name, options.tokens, *how):
             found.append(row)
             if not options.json:
                 print(gpu_table.line(row), flush=True)
@@ -81,7 +81,7 @@ def of_compiling(options: argparse.Namespace) -> None:
     """Seconds to compile the whole model's decode step for several batches, as text or JSON."""
     import compile_times
 
-    batches = [int(count) for count in options.tokens.split(",")] if options.tokens else list(compile_times.BATCHES)
+    batches = options.tokens or list(compile_times.BATCHES)
     # In processes of its own, before this one takes the device's memory.
     found = compile_times.measure(options.config, batches, options.implementation)
     print(json.dumps(found) if options.json else compile_times.text_of(found))
@@ -92,7 +92,7 @@ def main() -> None:
     root = Path(__file__).parents[2]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=root / "configs" / "qwen3-30b-a3b.toml")
-    parser.add_argument("--tokens", default=None, help="numbers of tokens, separated by commas")
+    parser.add_argument("--tokens", type=numbers, default=None, help="numbers of tokens, separated by commas")
     parser.add_argument("--layers", type=int, default=None, help="layers in rotation")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
@@ -109,7 +109,7 @@ def main() -> None:
     on_gpu = jax.default_backend() == "gpu" and options.implementation in (None, *mosaic.NAMES)
     options.layers = options.layers or (8 if on_gpu else 3)
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-    options.tokens = options.tokens or ("1,4,8,16,64,256,1024,4096" if on_gpu else "1,4,16,64,512")
+    options.tokens = options.tokens or ([1, 4, 8, 16, 64, 256, 1024, 4096] if on_gpu else [1, 4, 16, 64, 512])
     # The embedding is not part of the layer: a small vocabulary keeps it out of memory.
     cfg = dataclasses.replace(
         cfg,
@@ -133,7 +133,7 @@ def main() -> None:
         parser.error("--check and --routing are for the kernels of an NVIDIA GPU")
     layers = random_params(cfg)["layers"][0]["moe"]
     rows = []
-    for tokens in map(int, options.tokens.split(",")):
+    for tokens in options.tokens:
         router = layers["router"]
         one = {"router": router[0], "experts": layers["experts"]}
         rows.append(measure(one, cfg, tokens, options.repeats, seed=tokens))

@@ -151,6 +151,16 @@ def test_options_of_a_gpu_are_refused_without_one():
     assert "error: --check and --routing are for the kernels of an NVIDIA GPU" in ended.stderr
 
 
+@pytest.mark.parametrize("name", ["moe_layer", "counters", "cpu_layer"])
+def test_what_are_no_numbers_of_tokens_is_said(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--tokens", "1,x"])
+    with pytest.raises(SystemExit, match="2"):
+        script(name).main()
+    assert "argument --tokens: '1,x' are not positive numbers with commas between them, such as 1,16" in (
+        capsys.readouterr().err
+    )
+
+
 def result_file(folder, **more):
     rows = [
         {"tokens": t, "microseconds": 20.0 * t, "floor_microseconds": 9.0 * t, "marlin_microseconds": 30.0 * t}
