@@ -83,6 +83,7 @@ def file_for(constants: Any, donated: tuple[str, ...], arguments: dict[str, Any]
     settings = {name: getattr(config, name, config.values[name]) for name in sorted(config.values)}
     settings = {name: value for name, value in settings.items() if "cache" not in name}
     settings |= {name: os.environ.get(name) for name in VARIABLES}
+    settings["implementation"] = ferrum_kernels.default_implementation()  # which the environment may change
     shapes = [(leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)) for leaf in leaves]
     key = _digest(map(repr, (constants, donated, str(structure), shapes, sorted(where), settings)))
     return Path(cache) / f"{FOLDER}{_surroundings(device)[:16]}" / key

@@ -39,12 +39,13 @@ def unavailable() -> str | None:
         return f"it needs a Hopper GPU, compute capability 9.0; {device.device_kind} has {capability}"
     if jax.__version_info__ < (0, 11, 0):
         return f"it needs jax 0.11 or later; this is {jax.__version__}"
+    # Programs of mosaic_few wait for each other: two such kernels, each with half of its programs, never end.
+    whole = "and programs of its kernels wait for each other, so that they need the whole GPU"
     if SIDE_BY_SIDE.search(os.environ.get("XLA_FLAGS", "")):
-        # Programs of mosaic_few wait for each other: two such kernels, each with half of its programs, never end.
-        return (
-            "XLA_FLAGS lets kernels run side by side (xla_gpu_command_buffer_scheduling_mode=CONCURRENT), and its "
-            "kernels need the whole GPU; leave that flag out"
-        )
+        flag = "xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+        return f"XLA_FLAGS lets kernels run side by side ({flag}), {whole}"
+    if shared := sorted(name for name in os.environ if name.startswith("CUDA_MPS_")):
+        return f"{shared[0]} lets processes share the GPU, {whole}"
     try:
         from jax.experimental.pallas import mosaic_gpu  # noqa: F401
     except ImportError:

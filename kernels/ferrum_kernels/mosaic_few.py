@@ -8,8 +8,8 @@ group of inputs.
 
 Down's weights are asked for while gate and up still come, in one ring. A warp of the copying warpgroup counts for each
 block which tiles of gate and up are written, and another waits for that count before it asks for the block's rows. So
-all programs have to run at once: there are as many as multiprocessors, and no other kernel may run beside this one for
-good. XLA queues one kernel after the other unless it is told otherwise, which `mosaic.unavailable` looks for.
+all programs have to run at once: there are as many as multiprocessors, and another such kernel must not run beside this
+one. XLA queues one kernel after the other unless it is told otherwise, which `mosaic.unavailable` looks for.
 """
 
 from __future__ import annotations
