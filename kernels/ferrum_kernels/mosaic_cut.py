@@ -23,9 +23,9 @@ class Ring:
       stages: groups of inputs in shared memory.
       lag: groups whose gathered rows are under way at a time, fewer than stages; where warps are alone, all of them.
       warpgroups: that multiply: 2, or 4 of one part each, for which up to 32 columns leave registers enough.
-      alone: each warp multiplies up to 32 columns on its own, not with its warpgroup.
-      shared: where few tiles are left programs take halves of them, and warpgroups every other group of inputs. Only
-        where warps are alone, in two warpgroups of two parts, and for a number of groups that 4 divides.
+      alone: each warp multiplies up to 32 columns on its own, not with its warpgroup; one kernel has both products.
+      shared: where few tiles of gate and up are left programs take halves of them, and warpgroups every other group of
+        inputs. Only where warps are alone, in two warpgroups of two parts, and for a number of groups that 4 divides.
     """
 
     columns: tuple[int, ...] = (32, 64, 96, 128)
