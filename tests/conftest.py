@@ -45,9 +45,16 @@ for name, examples in {"few": 3, "dev": 10, "ci": 30}.items():
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-# Compiled with all of XLA's optimisations, like the goldens: what reads compiled programs or measures their memory, and
-# what the documentation shows. The others compile much and compute little.
-FULLY = {"test_load_gpu", "test_memory", "test_notebooks", "test_readme", "test_triton_attention_gpu"}
+# Compiled with all of XLA's optimisations, like the goldens: what reads compiled programs, measures their memory or
+# runs them for long, and what the documentation shows. The others compile much and compute little.
+FULLY = {
+    "test_engine_soak",
+    "test_load_gpu",
+    "test_memory",
+    "test_notebooks",
+    "test_readme",
+    "test_triton_attention_gpu",
+}
 
 
 # Programs that a process keeps. Each holds an MLIR context, and the more there are the longer the next one takes to

@@ -77,7 +77,8 @@ class Plan:
         """
         half = lax.div(size + 1, jnp.full_like(size, 2))
         near = lax.min(jnp.full_like(size, s.cut.least + s.cut.fresh - 1), size - half)
-        short = size <= s.cut.whole + s.cut.fresh
+        # With fewer tiles than that a run might begin within what the row costs besides, and take no tile.
+        short = size <= max(s.cut.whole, s.cut.fresh - 1) + s.cut.fresh
         # Runs that would begin before `low` begin with the row; those from `high` on, with the next. Of a row in parts
         # the first and the last are `near` units at least.
         low = before + jnp.where(short, half, near)

@@ -239,7 +239,13 @@ def test_each_tile_and_each_new_token_is_taken_once_in_even_runs(data):
     slots = [share.program + share.row for share in found]
     assert len(set(slots)) == len(slots) and max(slots) < programs + batch
     used = 1 + max(share.program for share in found)
-    assert max(run) <= -(-units // used) + max(2 * least + fresh, whole + fresh + 1)
+    assert max(run) <= -(-units // used) + max(2 * least + fresh, max(whole, fresh - 1) + fresh + 1)
+
+
+def test_no_program_has_nothing_of_a_row_that_costs_much_besides_its_tiles():
+    cut = Cut(tile=64, programs=66, least=1, fresh=5, whole=1)
+    found = [share[:4] for share in shares((0, 65, 0), cut, (0, 1, 0))]
+    assert [share[1:] for share in found] == [(0, 0, 0), (1, 0, 2), (2, 0, 0)]
 
 
 def test_a_row_has_no_more_parts_than_are_worth_adding_up():
