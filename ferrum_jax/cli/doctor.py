@@ -74,7 +74,11 @@ try:
     implementation, problem = default_implementation(), None
 except Exception as error:
     implementation, problem = None, str(error)
-print(json.dumps({"devices": devices, "implementation": implementation, "problem": problem}))
+left_out = None
+if implementation == "triton" and getattr(jax.devices()[0], "compute_capability", None) == "9.0":
+    from ferrum_kernels import mosaic
+    left_out = mosaic.unavailable()
+print(json.dumps(dict(devices=devices, implementation=implementation, problem=problem, left_out=left_out)))
 """
 
 
@@ -112,12 +116,14 @@ class Devices:
       implementation: of the packed matmuls, None when there is none for the device.
       problem: why there are no devices, or no implementation.
       seconds: what it took to ask.
+      left_out: why a Hopper GPU is left to the slower of its two backends, or None.
     """
 
     devices: tuple[dict[str, Any], ...]
     implementation: str | None
     problem: str | None
     seconds: float
+    left_out: str | None = None
 
 
 def examine(timeout: float) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def probe(timeout: float, code: str = PROBE) -> Devices:
         return failed(f"JAX does not start: {said[-1].strip() if said else 'it gave no reason'}")
     answer = json.loads(done.stdout.splitlines()[-1])
     seconds = time.monotonic() - began
-    return Devices(tuple(answer["devices"]), answer["implementation"], answer["problem"], seconds)
+    return Devices(tuple(answer["devices"]), answer["implementation"], answer["problem"], seconds, answer["left_out"])
 
 
 def find_problems(packages: Mapping[str, str | None], devices: Devices, python: tuple[int, int]) -> Iterator[str]:
@@ -240,6 +246,8 @@ def find_warnings(
         )
     if devices.devices and devices.implementation is None:
         yield str(devices.problem)
+    if devices.left_out:
+        yield f"The faster kernels of this Hopper GPU are left out: {devices.left_out}."
     if packages["jax-metal"] is not None:
         yield 'jax-metal is unmaintained; on Apple silicon prefer jax-mps:  pip install "ferrum-jax[mps]"'
     cuda = [name for name in ("jax-cuda12-plugin", "jax-cuda13-plugin") if packages[name] is not None]

@@ -43,9 +43,9 @@ def unavailable() -> str | None:
     whole = "and programs of its kernels wait for each other, so that they need the whole GPU"
     if SIDE_BY_SIDE.search(os.environ.get("XLA_FLAGS", "")):
         flag = "xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
-        return f"XLA_FLAGS lets kernels run side by side ({flag}), {whole}"
+        return f"XLA_FLAGS lets kernels run side by side ({flag}), {whole}; leave that flag out"
     if shared := sorted(name for name in os.environ if name.startswith("CUDA_MPS_")):
-        return f"{shared[0]} lets processes share the GPU, {whole}"
+        return f"{shared[0]} lets processes share the GPU, {whole}; unset it where this process is alone"
     try:
         from jax.experimental.pallas import mosaic_gpu  # noqa: F401
     except ImportError:

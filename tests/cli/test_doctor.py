@@ -6,12 +6,13 @@ import json
 import sys
 import time
 
+import jax
 import pytest
 
 import ferrum_kernels
 from ferrum_jax import environment
 from ferrum_jax.cli import doctor, main
-from ferrum_kernels import cpu_library
+from ferrum_kernels import cpu_library, triton
 from tests.support import terminal
 
 FINE = doctor.Devices(({"platform": "cpu", "kind": "cpu", "memory_bytes": None},), "xla", None, 1.0)
@@ -170,6 +171,29 @@ def test_without_cpu_kernels_it_says_what_to_install(monkeypatch, capsys):
     assert "warning     Not built. Install a compiler. Models run through XLA instead, which is slower.\n" in out
     gpu = doctor.Devices(({"platform": "gpu", "kind": "x", "memory_bytes": 1},), "cuda", None, 1.0)
     assert warnings(devices=gpu, cpu="Not built.") == []
+
+
+class Hopper:
+    platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
+
+    def memory_stats(self) -> None:
+        return None
+
+
+def test_a_hopper_gpu_that_processes_share_has_its_faster_kernels_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp")
+    exec(doctor.PROBE, {})
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["implementation"] == "triton"
+    gpu = doctor.Devices(tuple(answer["devices"]), "triton", None, 1.0, answer["left_out"])
+    assert warnings(devices=gpu) == [
+        "The faster kernels of this Hopper GPU are left out: CUDA_MPS_PIPE_DIRECTORY lets processes share the GPU, and "
+        "programs of its kernels wait for each other, so that they need the whole GPU; unset it where this process is alone."
+    ]
 
 
 def test_the_ynnpack_switch_silences_its_warning():

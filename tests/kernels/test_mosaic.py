@@ -169,6 +169,8 @@ def test_other_cards_and_versions_are_told_apart(monkeypatch, capability, versio
 
 WHOLE = "and programs of its kernels wait for each other, so that they need the whole GPU"
 CONCURRENT = f"XLA_FLAGS lets kernels run side by side (xla_gpu_command_buffer_scheduling_mode=CONCURRENT), {WHOLE}"
+CONCURRENT += "; leave that flag out"
+MPS = f"CUDA_MPS_PIPE_DIRECTORY lets processes share the GPU, {WHOLE}; unset it where this process is alone"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ CONCURRENT = f"XLA_FLAGS lets kernels run side by side (xla_gpu_command_buffer_s
     [
         ("XLA_FLAGS", "--xla_a=1 --xla_gpu_command_buffer_scheduling_mode=CONCURRENT --xla_b=2", CONCURRENT),
         ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=1", CONCURRENT),
-        ("CUDA_MPS_PIPE_DIRECTORY", "/tmp", f"CUDA_MPS_PIPE_DIRECTORY lets processes share the GPU, {WHOLE}"),
+        ("CUDA_MPS_PIPE_DIRECTORY", "/tmp", MPS),
         ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE", None),
         ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=LHS", None),
     ],
