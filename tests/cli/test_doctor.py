@@ -192,7 +192,8 @@ def test_a_hopper_gpu_that_processes_share_has_its_faster_kernels_left_out(monke
     gpu = doctor.Devices(tuple(answer["devices"]), "triton", None, 1.0, answer["left_out"])
     assert warnings(devices=gpu) == [
         "The faster kernels of this Hopper GPU are left out: CUDA_MPS_PIPE_DIRECTORY lets processes share the GPU, and "
-        "programs of its kernels wait for each other, so that they need the whole GPU; unset it where this process is alone."
+        "programs of its kernels wait for each other, so that they need the whole GPU; unset it where this process is "
+        "alone."
     ]
 
 
